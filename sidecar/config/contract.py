@@ -1,0 +1,385 @@
+"""The keys that there are: text in, `Config` out.
+
+One method reads one section, and lays its sound parts out in a `Draft` for the checks across sections. A key that this
+version cannot honour is a problem, like an unknown one: what an operator writes is done or refused, never passed over.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from types import MappingProxyType
+from typing import Literal, TypeVar, cast, get_args
+
+from sidecar.config import places
+from sidecar.config.contradictions import Draft, contradictions
+from sidecar.config.document import Document, Item, Section, Wrong
+from sidecar.config.settings import (
+    AgentUpstream,
+    Config,
+    FilesIdentity,
+    Health,
+    InboundListener,
+    Limits,
+    Log,
+    ModeSource,
+    OpaChild,
+    OpaExternal,
+    Outbound,
+    Policy,
+    PolicyInput,
+    PolicyKey,
+    Route,
+    Timeouts,
+)
+from sidecar.model import Address, Mode
+
+T = TypeVar("T")
+W = TypeVar("W", bound=str)
+
+ALGORITHMS = ("ES256", "ES384", "ES512", "EdDSA", "PS256", "PS384", "PS512", "RS256", "RS384", "RS512")
+IDENTITY_HEADERS = frozenset({"x-spiffe-id", "x-forwarded-spiffe-id", "x-forwarded-client-cert", "forwarded"})
+MODES: tuple[str, ...] = get_args(Mode)
+LIMITS = {
+    "max_header_bytes": (1024, 1 << 20),
+    "max_header_fields": (8, 1000),
+    "max_connections": (1, 100_000),
+    "max_streams": (1, 1000),
+}
+DEFAULT = Config()
+_MODE_BOOLEANS = {False: "disabled", True: "strict or permissive"}
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}")
+_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@*-]{0,127}")
+_SOCKET_BYTES = 107
+_LOCAL = "bundles are taken from where source says, as they are"
+
+
+def load(text: str, environ: Mapping[str, str], base: Path) -> Config:
+    """Read a whole configuration. Relative paths are taken from `base`, the directory of its file; of `environ`, only
+    `MTLS_MODE` is read.
+
+    Raises `ConfigError` with every problem that was found, each with its dotted path and line.
+    """
+    document = Document(text)
+    reader = _Reader(document.root.section(), base)
+    config = reader.config(environ)
+    for path, message in contradictions(reader.draft):
+        document.note(path, message)
+    document.close()
+    return config
+
+
+class _Reader:
+    def __init__(self, root: Section, base: Path):
+        self.root = root
+        self.base = base
+        self.draft = Draft(given=frozenset(root.keys))
+
+    def config(self, environ: Mapping[str, str]) -> Config:
+        root = self.root
+        mode, source = self._top_mode(environ)
+        config = Config(
+            mtls_mode=mode or "strict",
+            mtls_mode_source=source,
+            state_dir=root.take("state_dir", self._path, self.base / "state"),
+            identity=root.take("identity", self._identity, None),
+            inbound=root.take("inbound", self._inbound, ()),
+            outbound=root.take("outbound", self._outbound, None),
+            opa=root.take("opa", self._opa, DEFAULT.opa),
+            policy=root.take("policy", self._policy, None),
+            policy_input=root.take("policy_input", _policy_input, PolicyInput()),
+            health=root.take("health", self._health, DEFAULT.health),
+            timeouts=root.take("timeouts", _timeouts, Timeouts()),
+            limits=root.take("limits", _limits, Limits()),
+            log=root.take("log", self._log, Log()),
+        )
+        if not root.has("health"):
+            self.draft.listens["health.listen"] = Health().listen
+        root.later({"management": "there is no management listener", "egress": "there is no forward proxy"})
+        root.note_unknown()
+        return config
+
+    def _top_mode(self, environ: Mapping[str, str]) -> tuple[Mode | None, ModeSource]:
+        """The mode and where it is from; None where nobody can tell, which is a problem already noted."""
+        stated, asked = self.root.take("mtls_mode", _mode, None), environ.get("MTLS_MODE", "")
+        note = self.root.item.document.note
+        mode: Mode | None = stated
+        source: ModeSource = "file"
+        if asked and asked not in MODES:
+            note("MTLS_MODE", f"in the environment is `{asked[:60]}`, which is not one of {', '.join(MODES)}")
+            mode = None
+        elif stated and asked and asked != stated:
+            note("mtls_mode", f"is {stated}, and the environment's MTLS_MODE is {asked}: make them agree")
+            mode = None
+        elif not self.root.has("mtls_mode"):
+            mode, source = (cast("Mode", asked), "environment") if asked else ("permissive", "default")
+        self.draft.mode, self.draft.mode_source = mode, source
+        return mode, source
+
+    def _listener_mode(self, section: Section) -> Mode:
+        mode = section.take("mtls_mode", _mode, None) if section.has("mtls_mode") else self.draft.mode
+        if mode:
+            self.draft.modes[section.item.path] = mode
+        return mode or "strict"
+
+    def _listening(self, section: Section, default: Address) -> Address:
+        stated = section.take("listen", lambda item: places.listener(item.text()), None)
+        if stated or not section.has("listen"):
+            self.draft.listens[f"{section.item.path}.listen"] = stated or default
+        return stated or default
+
+    def _target(self, item: Item) -> Address:
+        self.draft.dials[item.path] = address = places.target(item.text())
+        return address
+
+    def _identity(self, item: Item) -> FilesIdentity:
+        section = item.section()
+        source = section.take("source", lambda i: i.choice("files", "workload_api"), "files")
+        if source == "workload_api":
+            raise Wrong("source: workload_api is not supported in this version; use files")
+        identity = FilesIdentity(
+            certificate=section.need("certificate", self._path),
+            key=section.need("key", self._path),
+            bundles=section.need("bundles", self._trust_bundles),
+        )
+        section.later(dict.fromkeys(("socket", "spiffe_id"), "identity comes from files"))
+        section.close()
+        self.draft.trust_domains = frozenset(identity.bundles)
+        return identity
+
+    def _trust_bundles(self, item: Item) -> Mapping[str, Path]:
+        return _named(item, places.trust_domain, self._path, "a bundle file for each trust domain")
+
+    def _inbound(self, item: Item) -> tuple[InboundListener, ...]:
+        if not list(item.items()):
+            raise Wrong("is an empty list; leave it out where nothing comes in")
+        return tuple(item.each(self._inbound_listener).values())
+
+    def _inbound_listener(self, item: Item) -> InboundListener:
+        section, default = item.section(), InboundListener()
+        listener = InboundListener(
+            listen=self._listening(section, default.listen),
+            upstream=section.take("upstream", self._agent, default.upstream),
+            mtls_mode=self._listener_mode(section),
+            xfcc=section.take("xfcc", Item.flag, default.xfcc),
+            allow_encoded_slash=section.take("allow_encoded_slash", Item.flag, default.allow_encoded_slash),
+        )
+        if not section.has("upstream"):
+            self.draft.dials[item.path] = default.upstream.address
+        section.close()
+        return listener
+
+    def _agent(self, item: Item) -> AgentUpstream:
+        if not item.is_section:
+            return AgentUpstream(address=self._agent_url(item))
+        section = item.section()
+        upstream = AgentUpstream(
+            address=section.need("url", self._agent_url),
+            protocol=section.take("protocol", _choice("auto", "h1", "h2c"), "auto"),
+        )
+        section.close()
+        return upstream
+
+    def _agent_url(self, item: Item) -> Address:
+        self.draft.dials[item.path] = address = places.agent_url(item.text())
+        return address
+
+    def _outbound(self, item: Item) -> Outbound:
+        section, default = item.section(), Outbound()
+        outbound = Outbound(
+            listen=self._listening(section, default.listen),
+            mtls_mode=self._listener_mode(section),
+            routes=section.need("routes", self._routes),
+        )
+        section.close()
+        return outbound
+
+    def _routes(self, item: Item) -> tuple[Route, ...]:
+        if not list(item.items()):
+            raise Wrong("is an empty list: every request would be answered 404")
+        self.draft.routes = routes = item.each(self._route)
+        return tuple(routes.values())
+
+    def _route(self, item: Item) -> Route:
+        section = item.section()
+        host = section.take("host", lambda i: places.host(i.text()), None)
+        path = section.take("path", lambda i: places.prefix(i.text()), "/")
+        target = section.need("target", self._target)
+        authority = section.take("authority", lambda i: places.authority(i.text()), None)
+        route = Route(
+            name=section.take("name", _label, f"{host or '*'}{path}"),
+            host=host,
+            path=path,
+            target=target,
+            authority_host=authority[0] if authority else target.host if target else "",
+            authority_port=authority[1] if authority else None,
+            spiffe_ids=section.take("spiffe_ids", _spiffe_ids, frozenset()),
+            plaintext=section.take("plaintext", self._target, None),
+            protocol=section.take("protocol", _choice("auto", "h1", "h2"), "auto"),
+            allow_encoded_slash=section.take("allow_encoded_slash", Item.flag, False),
+        )
+        section.close()
+        return route
+
+    def _opa(self, item: Item) -> OpaChild | OpaExternal:
+        section = item.section()
+        if not section.keys:
+            return OpaChild()
+        self.draft.opa_external = True
+        opa = OpaExternal(
+            socket=section.need("address", _unix_socket),
+            peer_uid=section.take("peer_uid", lambda i: i.whole(0, (1 << 32) - 2), None),
+        )
+        section.close()
+        return opa
+
+    def _policy(self, item: Item) -> Policy:
+        section = item.section()
+        policy = Policy(
+            source=section.need("source", self._path),
+            keys=section.need("keys", lambda i: _named(i, _plain_label, self._policy_key, "a key by its id")),
+            scope=section.take("scope", _label, "sidecar"),
+        )
+        section.later(dict.fromkeys(("minimum_serial", "max_policy_age", "spiffe_ids", "ca"), _LOCAL))
+        section.close()
+        return policy
+
+    def _policy_key(self, item: Item) -> PolicyKey:
+        section = item.section()
+        key = PolicyKey(
+            algorithm=section.need("algorithm", _algorithm),
+            file=section.need("file", self._path),
+        )
+        section.close()
+        return key
+
+    def _health(self, item: Item) -> Health | None:
+        if item.empty:
+            return None
+        section = item.section()
+        health = Health(listen=self._listening(section, Health().listen))
+        section.close()
+        return health
+
+    def _log(self, item: Item) -> Log:
+        section, default = item.section(), Log()
+        log = Log(
+            access=section.take("access", self._access, default.access),
+            level=section.take("level", _choice("debug", "info", "warning", "error"), default.level),
+        )
+        section.close()
+        return log
+
+    def _access(self, item: Item) -> Path | Literal["stdout", "none"]:
+        match item.text():
+            case "stdout" | "none" as word:
+                return word
+        return self._path(item)
+
+    def _path(self, item: Item) -> Path:
+        text = item.text()
+        if "://" in text:
+            raise Wrong(f"must be the path of a file; URLs such as `{text[:60]}` are not supported in this version")
+        return self.base / text
+
+
+def _mode(item: Item) -> Mode:
+    return cast("Mode", item.choice(*MODES, booleans=_MODE_BOOLEANS))
+
+
+def _choice(*choices: W) -> Callable[[Item], W]:
+    return lambda item: cast("W", item.choice(*choices))
+
+
+def _algorithm(item: Item) -> str:
+    if item.text().startswith("HS"):
+        raise Wrong("must be asymmetric: with a shared secret whoever verifies can sign")
+    return item.choice(*ALGORITHMS)
+
+
+def _label(item: Item) -> str:
+    return _plain_label(item.text())
+
+
+def _plain_label(text: str) -> str:
+    if not _LABEL.fullmatch(text):
+        raise Wrong(f"`{text[:60]}` must be 1 to 128 letters, digits or ._:/@*- and begin with a letter or digit")
+    return text
+
+
+def _unix_socket(item: Item) -> Path:
+    text = item.text()
+    if not text.startswith("unix:///"):
+        raise Wrong("must be unix:///path/of/the.sock; other ways to reach an OPA are not supported in this version")
+    if len(text.removeprefix("unix://").encode()) > _SOCKET_BYTES:
+        raise Wrong(f"is longer than the {_SOCKET_BYTES} bytes that the path of a socket may have")
+    return Path(text.removeprefix("unix://"))
+
+
+def _spiffe_ids(item: Item) -> frozenset[str]:
+    ids = item.each(lambda one: places.spiffe_id(one.text()))
+    return frozenset(ids.values())
+
+
+def _policy_input(item: Item) -> PolicyInput:
+    section = item.section()
+    seen = PolicyInput(
+        headers=section.take("headers", lambda names: _distinct(names, _header), ()),
+        query=section.take("query", lambda names: _distinct(names, Item.text), ()),
+    )
+    section.close()
+    return seen
+
+
+def _header(item: Item) -> str:
+    name = item.text().lower()
+    if not _TOKEN.fullmatch(name):
+        raise Wrong(f"`{name[:60]}` is not the name of a header field")
+    if name.replace("_", "-") in IDENTITY_HEADERS:
+        raise Wrong(f"{name} is removed from every request: policy sees the proven caller as `caller`")
+    return name
+
+
+def _distinct(item: Item, decode: Callable[[Item], str]) -> tuple[str, ...]:
+    names = tuple(item.each(decode).values())
+    if len(set(names)) < len(names):
+        raise Wrong("names something twice")
+    return names
+
+
+def _timeouts(item: Item) -> Timeouts:
+    section = item.section()
+    default = Timeouts()
+    timeouts = Timeouts(
+        **{f.name: section.take(f.name, Item.seconds, getattr(default, f.name)) for f in fields(Timeouts)}
+    )
+    section.close()
+    return timeouts
+
+
+def _limits(item: Item) -> Limits:
+    section, default = item.section(), Limits()
+
+    def limit(name: str) -> int:
+        least, most = LIMITS[name]
+        return section.take(name, lambda number: number.whole(least, most), int(getattr(default, name)))
+
+    limits = Limits(**{f.name: limit(f.name) for f in fields(Limits)})
+    section.close()
+    return limits
+
+
+def _named(item: Item, name: Callable[[str], str], decode: Callable[[Item], T], content: str) -> Mapping[str, T]:
+    """A mapping with keys of the operator's own choice, at least one."""
+    before = len(item.document.problems)
+    found: dict[str, T] = {}
+    for key, entry in item.entries():
+        try:
+            found[name(key)] = decode(entry)
+        except Wrong as error:
+            entry.note(error)
+    if not found and len(item.document.problems) == before:
+        raise Wrong(f"is empty; it must hold {content}")
+    return MappingProxyType(found)

@@ -1,0 +1,175 @@
+"""What an operator may set: frozen values, with each default beside its field.
+
+These are already checked: `contract.load` makes them, and nothing else should. Paths are absolute or stand under the
+directory of the configuration file; times are seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from sidecar.model import Address, Mode
+
+ModeSource: TypeAlias = Literal["file", "environment", "default"]
+
+INBOUND = Address(host="0.0.0.0", port=8443)  # noqa: S104  callers come from other machines
+OUTBOUND = Address(host="127.0.0.1", port=8080)
+AGENT = Address(host="127.0.0.1", port=8000)
+HEALTH = Address(host="0.0.0.0", port=9091)  # noqa: S104  probes come from other machines
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FilesIdentity:
+    """PEM files as a certificate agent leaves them: chain leaf first, key, one bundle file per trust domain."""
+
+    certificate: Path
+    key: Path
+    bundles: Mapping[str, Path]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentUpstream:
+    """The agent itself, spoken to in plain HTTP. "auto" is h1, and h2c for `application/grpc`."""
+
+    address: Address
+    protocol: Literal["auto", "h1", "h2c"] = "auto"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InboundListener:
+    listen: Address = INBOUND
+    upstream: AgentUpstream = AgentUpstream(address=AGENT)
+    mtls_mode: Mode = "permissive"
+    xfcc: bool = False
+    """Set `X-Forwarded-Client-Cert` beside `X-Forwarded-SPIFFE-ID`."""
+    allow_encoded_slash: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """Where requests for `host` (None: any) under `path` go, and who must answer there."""
+
+    name: str
+    """Given, or made of host and path; unique, since policy, records and metrics know the route by it."""
+    host: str | None = None
+    """Lower case, without port or brackets."""
+    path: str = "/"
+    """Canonical prefix, matched by whole segments; a slash at its end changes nothing."""
+    target: Address
+    authority_host: str
+    """What is decided on, sent as `Host`, and offered as SNI. Default: the target's host."""
+    authority_port: int | None = None
+    spiffe_ids: frozenset[str] = frozenset()
+    """The IDs of which the target must prove one. Empty only where the mode is disabled."""
+    plaintext: Address | None = None
+    protocol: Literal["auto", "h1", "h2"] = "auto"
+    allow_encoded_slash: bool = False
+
+    @property
+    def authority(self) -> str:
+        host = f"[{self.authority_host}]" if ":" in self.authority_host else self.authority_host
+        return host if self.authority_port is None else f"{host}:{self.authority_port}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outbound:
+    listen: Address = OUTBOUND
+    mtls_mode: Mode = "permissive"
+    routes: tuple[Route, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpaChild:
+    """OPA is started and watched by us."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpaExternal:
+    """An OPA that somebody else runs, and whose policies somebody else loads."""
+
+    socket: Path
+    peer_uid: int | None = None
+    """Who must be at the other end of the socket; None: our own user, or root."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyKey:
+    algorithm: str
+    """Of RFC 7518 §3.1, asymmetric ones only: who can verify must not be able to sign."""
+    file: Path
+    """PEM, the public key."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    source: Path
+    keys: Mapping[str, PolicyKey]
+    """By key id."""
+    scope: str = "sidecar"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyInput:
+    """The names that policy sees. What is not listed is neither sent to OPA nor logged."""
+
+    headers: tuple[str, ...] = ()
+    """Lower case."""
+    query: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Health:
+    listen: Address = HEALTH
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timeouts:
+    """Seconds."""
+
+    handshake: float = 5.0
+    header: float = 10.0
+    decision: float = 1.0
+    connect: float = 5.0
+    idle: float = 3600.0
+    drain: float = 25.0
+    lingering: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    max_header_bytes: int = 61_440
+    max_header_fields: int = 100
+    max_connections: int = 1024
+    """Open at once, for each listener."""
+    max_streams: int = 100
+    """Open at once on one HTTP/2 connection."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Log:
+    access: Path | Literal["stdout", "none"] = "stdout"
+    level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """A whole configuration that contradicts itself nowhere."""
+
+    mtls_mode: Mode = "permissive"
+    mtls_mode_source: ModeSource = "default"
+    state_dir: Path = Path("state")
+    identity: FilesIdentity | None = None
+    """None only where every mode is disabled."""
+    inbound: tuple[InboundListener, ...] = ()
+    outbound: Outbound | None = None
+    opa: OpaChild | OpaExternal = OpaChild()
+    policy: Policy | None = None
+    """None exactly where OPA is external."""
+    policy_input: PolicyInput = PolicyInput()
+    health: Health | None = Health()
+    timeouts: Timeouts = Timeouts()
+    limits: Limits = Limits()
+    log: Log = Log()

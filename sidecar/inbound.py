@@ -1,0 +1,70 @@
+"""Inbound: callers of the agent, proven by mTLS or known to be nobody, on their way to the agent's local port.
+
+Plans what goes to the agent: the caller's proven ID in `X-Forwarded-SPIFFE-ID`, everything that could claim an identity
+removed. A request whose authority is not the name that its handshake asked for gets 421.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from urllib.parse import quote
+
+from sidecar.attempt import Attempt, Ids, Seen, is_grpc, sendable
+from sidecar.config import AgentUpstream
+from sidecar.errors import ClientFault
+from sidecar.model import Anonymous, Connection, Direction, Inquiry, Mode, Request, RequestHead, Workload
+from sidecar.wire import headers
+from sidecar.wire.client import Upstream
+
+
+class Inbound:
+    """`exchange.Program` of one inbound listener."""
+
+    direction: Direction = "inbound"
+
+    def __init__(
+        self, *, mode: Mode, agent: AgentUpstream, xfcc: bool, seen: Callable[[], Seen], pseudonym: bytes
+    ) -> None:
+        self.mode = mode
+        self.via = b"1.1 " + pseudonym
+        self._pseudonym = pseudonym
+        self._xfcc = xfcc
+        self._seen = seen
+        self._protocol = agent.protocol
+        self._h1 = Upstream(address=agent.address, tls=False, protocol="h1")
+        self._h2 = replace(self._h1, protocol="h2")
+
+    def attempt(self, connection: Connection, request: Request, ids: Ids) -> Attempt:
+        head = request.head
+        if connection.server_name is not None and head.host != connection.server_name:
+            raise ClientFault(
+                f"{head.host} was asked of {connection.server_name}",
+                code="authority_mismatch", public="this connection was made for another host", status=421,
+            )  # fmt: skip
+        headers.via_loops(head.fields, self._pseudonym)
+        caller = str(connection.peer.id) if isinstance(connection.peer, Workload) else None
+        upstream = self._upstream(head)
+        fields = headers.inbound_request(
+            head.fields, caller=caller, remote=connection.remote.host, scheme_tls=connection.tls, host=head.authority,
+            request_id=ids.request, traceparent=ids.traceparent, via=self.via,
+            xfcc=_xfcc(caller) if self._xfcc and caller else None, te_trailers=upstream.protocol == "h2",
+        )  # fmt: skip
+        seen = self._seen()
+        inquiry = Inquiry(
+            direction="inbound", caller=caller,
+            caller_reason=connection.peer.reason if isinstance(connection.peer, Anonymous) else None,
+            method=head.method, path=head.target.path, segments=head.target.segments, query=seen.query_of(head),
+            headers=headers.policy_headers(fields, seen.headers), mtls_mode=self.mode, tls=connection.tls,
+            host=head.host, port=head.port or connection.local.port, protocol=head.protocol,
+        )  # fmt: skip
+        return Attempt(upstream=upstream, head=sendable(head, upstream), fields=fields, inquiry=inquiry)
+
+    def _upstream(self, head: RequestHead) -> Upstream:
+        if self._protocol == "h1":
+            return self._h1
+        return self._h2 if self._protocol == "h2c" or is_grpc(head) else self._h1
+
+
+def _xfcc(caller: str) -> str:
+    return f"URI={quote(caller, safe=':/')}"

@@ -1,0 +1,454 @@
+"""The nouns of the flow: frozen values that the rooms hand to each other.
+
+This file refuses to know how anything is done: no trio, no ssl, no socket, no clock, no file. A room that needs
+something from a sibling gets a value of this file, handed on by `app`.
+
+Conventions: times named `*_at` and `not_after` are Unix seconds; durations are float seconds; header field names are
+lower-case bytes and keep their order; a body is pulled, item by item, so that whoever is slow slows the sender.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal, Protocol, TypeAlias
+
+Mode: TypeAlias = Literal["strict", "permissive", "disabled"]
+Protocol_: TypeAlias = Literal["HTTP/1.0", "HTTP/1.1", "HTTP/2"]
+Side: TypeAlias = Literal["server", "client"]
+Direction: TypeAlias = Literal["inbound", "outbound", "egress", "management", "fleet"]
+
+Fields: TypeAlias = Sequence[tuple[bytes, bytes]]
+"""Header or trailer fields: lower-case names, values without surrounding white space, in the order received."""
+
+NOTHING: Mapping[str, str] = MappingProxyType({})
+
+
+# ── identity ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class SpiffeId:
+    """A SPIFFE ID that has been checked: made by `identity.spiffe.parse` (SPIFFE-ID §2)."""
+
+    trust_domain: str
+    path: str
+
+    def __str__(self) -> str:
+        return f"spiffe://{self.trust_domain}{self.path}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """Who we are and whom we trust, replaced whole at each rotation. `trust`: trust domain → DER of its anchors."""
+
+    id: SpiffeId
+    chain: bytes
+    """PEM, leaf first."""
+    key: bytes = field(repr=False)
+    """PEM, unencrypted. Never logged: it is kept out of the repr."""
+    trust: Mapping[str, frozenset[bytes]]
+    not_after: float
+    generation: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """A peer that proved this SPIFFE ID in the handshake of its connection."""
+
+    id: SpiffeId
+    not_after: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalProcess:
+    """The agent beside us, known by nothing but the loopback listener that it reached."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Anonymous:
+    """A peer without identity; `reason` says why ("plaintext")."""
+
+    reason: str
+
+
+Peer: TypeAlias = Workload | LocalProcess | Anonymous
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HandshakeFacts:
+    """What a finished TLS handshake established, for the judge. Certificates are DER."""
+
+    side: Side
+    """Our side."""
+    leaf: bytes
+    anchor: bytes
+    """The last certificate of the chain that OpenSSL verified."""
+    resumed: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Address:
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Connection:
+    """One accepted connection, settled once: its peer does not change while it lives."""
+
+    id: str
+    peer: Peer
+    remote: Address
+    local: Address
+    tls: bool
+    server_name: str | None
+    """SNI as offered, lower case."""
+    protocol: Literal["h1", "h2"]
+    generation: int
+    """Of the identity that judged the peer; 0 for plaintext."""
+
+
+# ── messages ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+Data: TypeAlias = bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Trailers:
+    fields: Fields
+
+
+class Aborted(Exception):
+    """The sender of a body went away, or broke the protocol, before its end. Never a clean end."""
+
+    code = "message_aborted"
+
+
+class ClientGone(Aborted):
+    """Raised by a `Reply`: whoever sent the request no longer takes the answer."""
+
+    code = "client_gone"
+
+
+class Body(Protocol):
+    """A message body, pulled by its one reader.
+
+    `length` is the exact number of bytes where the framing states it, 0 where there is no body, else None.
+    `ready` says that `receive` would not wait: a head and the first bytes that follow it can leave together.
+    `receive` returns bytes, at most one `Trailers` after them, then None for the end (again and again); it raises
+    `Aborted` where the sender broke off.
+    """
+
+    @property
+    def length(self) -> int | None: ...
+
+    @property
+    def ready(self) -> bool: ...
+
+    async def receive(self) -> Data | Trailers | None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """A canonical origin-form target (made by `wire.target` only). `path` + `?query` is what is sent upstream."""
+
+    path: str
+    query: str | None
+    """As it came, without the `?`; None where there was none."""
+    segments: tuple[str, ...]
+    """Decoded path segments; an encoded slash that a route allows stays encoded here too."""
+
+    def __str__(self) -> str:
+        return self.path if self.query is None else f"{self.path}?{self.query}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestHead:
+    method: str
+    target: Target
+    host: str
+    """Authority's host, lower case, without brackets or port; "" where an HTTP/1.0 client sent none."""
+    port: int | None
+    fields: Fields
+    """All fields but `host` (it is `authority`)."""
+    protocol: Protocol_
+    upgrade: str | None = None
+    """The protocol asked for by `Upgrade` (h1) or `:protocol` (h2)."""
+    expects_continue: bool = False
+
+    @property
+    def authority(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port is None else f"{host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    head: RequestHead
+    body: Body
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResponseHead:
+    status: int
+    fields: Fields = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Response:
+    head: ResponseHead
+    body: Body
+
+
+class ByteStream(Protocol):
+    """A bidirectional stream of bytes. One reader and one writer at a time."""
+
+    async def receive_some(self, max_bytes: int = 65536) -> bytes:
+        """Return b"" at a clean end; raise `trio.BrokenResourceError` where the stream broke off."""
+        ...
+
+    async def send_all(self, data: bytes) -> None: ...
+
+    async def send_eof(self) -> None: ...
+
+    async def aclose(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tunnel:
+    """An answer after which the bytes belong to another protocol: 101, or 2xx to a CONNECT."""
+
+    head: ResponseHead
+    stream: ByteStream
+
+
+class Reply(Protocol):
+    """The way back to whoever sent a request: any number of interim answers, then exactly one final one."""
+
+    @property
+    def started(self) -> bool:
+        """Whether a final head has been handed over (an error can no longer be answered then, only aborted)."""
+        ...
+
+    @property
+    def bytes_sent(self) -> int:
+        """Body bytes of the final answer handed to the transport so far."""
+        ...
+
+    async def interim(self, head: ResponseHead) -> None:
+        """Send a 1xx head, except 101."""
+        ...
+
+    async def send(self, response: Response) -> None:
+        """Send the final answer and pull its body to the end.
+
+        Raises `Aborted` where the client went away or the body broke off.
+        """
+        ...
+
+    async def tunnel(self, head: ResponseHead) -> ByteStream:
+        """Send the head that accepts an upgrade, and return the stream to the client."""
+        ...
+
+
+# ── decisions ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inquiry:
+    """One question to policy. The fields and their JSON are `policies/rego/schemas/input.json`."""
+
+    direction: Direction
+    caller: str | None
+    caller_reason: str | None
+    method: str
+    path: str
+    segments: Sequence[str]
+    query: Mapping[str, Sequence[str]]
+    headers: Mapping[str, Sequence[str]]
+    mtls_mode: Mode
+    tls: bool
+    host: str
+    port: int | None
+    protocol: Protocol_
+    target: Mapping[str, object] | None = None
+    claims: Mapping[str, object] | None = None
+    credential: Mapping[str, object] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Allow:
+    decision_id: str
+    revision: str
+    reason: str | None = None
+    rule: str | None = None
+    request_headers: Mapping[str, str] = field(default_factory=lambda: NOTHING)
+    response_headers: Mapping[str, str] = field(default_factory=lambda: NOTHING)
+    credential: str | None = None
+    cache_ttl: float | None = None
+    lease: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deny:
+    decision_id: str
+    revision: str
+    status: Literal[401, 403, 404, 429] = 403
+    reason: str | None = None
+    rule: str | None = None
+    response_headers: Mapping[str, str] = field(default_factory=lambda: NOTHING)
+
+
+Decision: TypeAlias = Allow | Deny
+
+
+class IdentitySource(Protocol):
+    def snapshots(self) -> AsyncIterator[Identity]:
+        """The identity in force as soon as there is one, then each newer; whoever is slow gets the newest."""
+        ...
+
+
+class DecisionPoint(Protocol):
+    async def decide(self, inquiry: Inquiry) -> Decision:
+        """Answer, or raise `errors.NoDecision`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Permit:
+    """The right to send this request, and nothing else, upstream. Built from an `Allow` in `exchange.py` only.
+
+    `cancel` ends whatever runs under the permit; `lease_until` (seconds of the run's own clock) is when it comes up
+    for a new decision.
+    """
+
+    request: Request
+    allow: Allow
+    peer_generation: int
+    not_after: float | None
+    lease_until: float | None
+    cancel: Callable[[], None]
+
+    def __post_init__(self) -> None:
+        if type(self.allow) is not Allow:
+            raise TypeError("a permit is made from an allowing decision")
+
+    @property
+    def revision(self) -> str:
+        return self.allow.revision
+
+
+# ── records ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+Outcome: TypeAlias = Literal[
+    "served", "handshake_failed", "peer_rejected", "plaintext_refused", "overloaded", "aborted"
+]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectionEnded:
+    """Written once per accepted connection, at its end: handshake failures and strict refusals too."""
+
+    connection_id: str
+    listener: str
+    """Direction of the listener."""
+    remote: Address
+    started_at: float
+    seconds: float
+    outcome: Outcome
+    reason: str | None
+    """Code of what ended it where that was not the peer's own clean close."""
+    peer: Peer | None
+    """None where the connection ended before its peer was settled."""
+    exchanges: int
+    detail: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decided:
+    """Written once per question that was asked, with its answer or the code of the error that took its place."""
+
+    at: float
+    exchange_id: str
+    inquiry: Inquiry
+    decision: Decision | None
+    error: str | None
+    seconds: float
+
+
+ExchangeOutcome: TypeAlias = Literal["allowed", "denied", "error", "aborted"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exchange:
+    """Written once per parsed request head, at its end. One line of the access log."""
+
+    exchange_id: str
+    connection_id: str
+    request_id: str
+    trace_id: str | None
+    direction: Direction
+    started_at: float
+    seconds: float
+    peer: Peer
+    remote: Address
+    mtls_mode: Mode
+    tls: bool
+    protocol: Protocol_
+    method: str
+    authority: str
+    path: str
+    status: int | None
+    """As sent; None where nothing was sent."""
+    bytes_sent: int
+    outcome: ExchangeOutcome
+    error: str | None
+    """Code of the error, where there was one."""
+    detail: str | None
+    """The cause, for operators only."""
+    decision_id: str | None
+    rule: str | None
+    reason: str | None
+    revision: str | None
+    upstream: str | None
+    upstream_id: str | None
+    """The SPIFFE ID that the upstream proved."""
+    upstream_tls: bool | None
+    decision_seconds: float
+    upstream_seconds: float
+    """From the first byte sent upstream to the head of its final answer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """The state of the parts, gathered by `app` for `/metrics`, `/readyz` and the panel."""
+
+    identity: str
+    """"ok", or the code of what is wrong."""
+    identity_id: str | None
+    identity_not_after: float | None
+    identity_generation: int
+    identity_error: str | None
+    bundle: str
+    bundle_revision: str | None
+    bundle_error: str | None
+    opa: str
+    opa_restarts: int
+    listeners: bool
+    draining: bool
+
+    @property
+    def not_ready(self) -> str | None:
+        """The reason code that stands in the way of serving, the most fundamental first; None when ready."""
+        if self.draining:
+            return "draining"
+        for part, state in (("identity", self.identity), ("opa", self.opa), ("bundle", self.bundle)):
+            if state != "ok":
+                return f"{part}_{state}"
+        return None if self.listeners else "listeners_starting"

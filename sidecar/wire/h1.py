@@ -1,0 +1,396 @@
+"""HTTP/1.1 as bytes: heads in and out, and where a body ends (RFC 9112). Does no I/O and knows no clock.
+
+`httptools` (llhttp) is the tokenizer of heads, not their judge. What this file adds to it:
+
+- one complete head at a time is fed to it, and nothing else, so that it cannot lose its place in the stream: bodies,
+  chunks, trailers, answers to HEAD and pipelined requests never reach it;
+- size and number of fields are limited before anything is parsed;
+- bare CR or LF, NUL, other controls and folded lines are refused wherever they stand;
+- only HTTP/1.1 and 1.0; exactly one Host in 1.1 and at most one in 1.0; the target in the form that its method allows;
+- Content-Length once, digits only; Transfer-Encoding once and only `chunked`; never both;
+- chunk sizes and extensions by the grammar, extensions dropped; trailers are trailers and not headers.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterable
+from http import HTTPStatus
+
+import httptools
+
+from sidecar.errors import ClientFault, MaybeSent
+from sidecar.model import Data, Fields, RequestHead, ResponseHead, Trailers
+from sidecar.wire import target
+
+_FORBIDDEN = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)|(?<!\r)\n|\n[ \t]")
+_FIELD = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]*")
+_CHUNK = re.compile(
+    rb"([0-9A-Fa-f]{1,15})"
+    rb'(?:[ \t]*;[ \t]*[!#$%&\'*+\-.^_`|~0-9A-Za-z]+(?:=(?:[!#$%&\'*+\-.^_`|~0-9A-Za-z]+|"[^\x00-\x08\x0a-\x1f\x7f"\\]*"))?)*'
+)
+_DIGITS = re.compile(rb"[0-9]{1,18}")
+_UPGRADE = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+(?:/[!#$%&'*+\-.^_`|~0-9A-Za-z]+)?")
+_METHOD = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,32}")
+
+MAX_CHUNK_LINE_BYTES = 1024
+
+UNTIL_CLOSE = -1
+CHUNKED = -2
+Framing = int
+"""How a body is framed: its length in bytes, `CHUNKED`, or `UNTIL_CLOSE` (answers only)."""
+
+
+class _Head:
+    """Collects what the tokenizer calls back with."""
+
+    __slots__ = ("fields", "target")
+
+    def __init__(self) -> None:
+        self.target = b""
+        self.fields: list[tuple[bytes, bytes]] = []
+
+    def on_url(self, url: bytes) -> None:
+        self.target += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.fields.append((name.lower(), value.rstrip(b" \t")))
+
+
+def head_end(buffer: bytearray, searched: int, max_header_bytes: int) -> int:
+    """Index behind the empty line that ends a head, or 0 where it is not there yet. `searched` bytes hold no such end.
+
+    Raises `ClientFault` 431 once more than `max_header_bytes` have come without it.
+    """
+    found = buffer.find(b"\r\n\r\n", max(0, searched - 3), max_header_bytes)
+    if found >= 0:
+        return found + 4
+    if len(buffer) >= max_header_bytes:
+        raise ClientFault(code="head_too_large", public="the header section is too large", status=431)
+    return 0
+
+
+def could_begin_request(buffer: bytearray) -> bool:
+    """Whether the first line can still become a request line: what cannot need not be waited for."""
+    end = buffer.find(b"\n", 0, 64)
+    return _FORBIDDEN_START.search(buffer, 0, 64 if end < 0 else end) is None
+
+
+_FORBIDDEN_START = re.compile(rb"^[^!#$%&'*+\-.^_`|~0-9A-Za-z\r\n]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\xff]")
+
+
+def request_head(
+    raw: bytes, *, scheme: str, max_header_fields: int, allow_encoded_slash: bool = False
+) -> tuple[RequestHead, Framing, bool]:
+    """Parse one whole request head, up to and with its empty line.
+
+    Returns it, how its body is framed, and whether the client means to keep the connection. Raises `ClientFault`.
+    """
+    if raw.count(b"\n") - 2 > max_header_fields:
+        raise ClientFault(code="head_too_many_fields", public="there are too many header fields", status=431)
+    if _FORBIDDEN.search(raw):
+        raise ClientFault(
+            code="head_control_character", public="the header section holds a character that is not allowed"
+        )
+    collected = _Head()
+    parser = httptools.HttpRequestParser(collected)
+    try:
+        parser.feed_data(raw)
+    except httptools.HttpParserUpgrade:
+        pass
+    except httptools.HttpParserError as error:
+        raise ClientFault(str(error), code="head_malformed") from error
+    version = parser.get_http_version()
+    if version not in ("1.1", "1.0"):
+        raise ClientFault(code="version_unsupported", public="only HTTP/1.1 and HTTP/1.0 are spoken here", status=505)
+    method = parser.get_method().decode("ascii")
+    return _request(method, collected, version == "1.1", scheme, allow_encoded_slash)
+
+
+def _request(
+    method: str,
+    head: _Head,
+    modern: bool,
+    scheme: str,
+    allow_encoded_slash: bool,
+) -> tuple[RequestHead, Framing, bool]:
+    hosts: list[bytes] = []
+    lengths: list[bytes] = []
+    codings: list[bytes] = []
+    upgrades: list[bytes] = []
+    connection = b""
+    expects_continue = False
+    fields: list[tuple[bytes, bytes]] = []
+    for field in head.fields:
+        name, value = field
+        if name == b"host":
+            hosts.append(value)
+            continue
+        if name in _FRAMING:
+            if name == b"content-length":
+                lengths.append(value)
+            elif name == b"transfer-encoding":
+                codings.append(value)
+            elif name == b"connection":
+                connection += b"," + value.lower()
+            elif name == b"upgrade":
+                upgrades.append(value)
+            elif name == b"expect":
+                if value.lower() != b"100-continue":
+                    raise ClientFault(code="expectation_failed", public="this expectation cannot be met", status=417)
+                expects_continue = modern
+        fields.append(field)
+    framing = _request_framing(lengths, codings, modern)
+    form, authority, where = target.request_target(method, head.target, allow_encoded_slash=allow_encoded_slash)
+    if form is not None and form != scheme and method != "CONNECT":
+        # An absolute target names the scheme: https for what came in plaintext (or the reverse) has two meanings.
+        raise ClientFault(code="scheme_mismatch", public="the scheme of the target is not that of the connection")
+    host, port = _authority(hosts, authority, modern)
+    options = [option.strip() for option in connection.split(b",")] if connection else ()
+    wanted = upgrades[0].decode("latin-1") if upgrades and modern and b"upgrade" in options else None
+    if wanted is not None and (len(upgrades) > 1 or not _UPGRADE.fullmatch(wanted)):
+        wanted = None  # a list is an offer that may be declined: it is, by not being passed on
+    keep = b"close" not in options and (modern or b"keep-alive" in options)
+    parsed = RequestHead(
+        method=method, target=where, host=host, port=port, fields=fields, protocol="HTTP/1.1" if modern else "HTTP/1.0",
+        upgrade=wanted, expects_continue=expects_continue,
+    )  # fmt: skip
+    return parsed, framing, keep
+
+
+_FRAMING = frozenset({b"content-length", b"transfer-encoding", b"connection", b"upgrade", b"expect"})
+
+
+def _authority(hosts: list[bytes], absolute: bytes | None, modern: bool) -> tuple[str, int | None]:
+    if len(hosts) > 1:
+        raise ClientFault(code="host_repeated", public="there is more than one Host")
+    if not hosts:
+        if modern:
+            raise ClientFault(code="host_missing", public="there is no Host")
+        return target.authority(absolute) if absolute is not None else ("", None)
+    named = target.authority(hosts[0])
+    if absolute is not None and target.authority(absolute) != named:
+        raise ClientFault(code="host_mismatch", public="the Host is not that of the target")
+    return named
+
+
+def _request_framing(lengths: list[bytes], codings: list[bytes], modern: bool) -> Framing:
+    if not codings:
+        return _length(lengths) if lengths else 0
+    if lengths:
+        raise ClientFault(code="framing_ambiguous", public="both Content-Length and Transfer-Encoding are given")
+    if not modern:
+        raise ClientFault(code="framing_ambiguous", public="HTTP/1.0 has no Transfer-Encoding")
+    if len(codings) > 1 or codings[0].lower() != b"chunked":
+        raise ClientFault(
+            code="coding_unsupported", public="only the chunked transfer coding is understood", status=501
+        )
+    return CHUNKED
+
+
+def _length(values: list[bytes]) -> int:
+    if len(values) > 1 or not _DIGITS.fullmatch(values[0]):
+        raise ClientFault(code="length_malformed", public="Content-Length is malformed")
+    return int(values[0])
+
+
+def response_head(raw: bytes, *, method: str, max_header_fields: int) -> tuple[ResponseHead, Framing, bool]:
+    """Parse one whole response head to a request of `method`.
+
+    Returns it, how its body is framed (0 also for HEAD, 1xx, 204 and 304, whatever length they state), and whether the
+    connection can be used again. Raises `MaybeSent` for what is no HTTP/1.1 or 1.0 answer with a single meaning.
+    """
+    if raw.count(b"\n") - 2 > max_header_fields or _FORBIDDEN.search(raw):
+        raise MaybeSent("forbidden characters or too many fields in the head", code="upstream_malformed")
+    collected = _Head()
+    parser = httptools.HttpResponseParser(collected)
+    try:
+        parser.feed_data(raw)
+    except httptools.HttpParserUpgrade:
+        pass
+    except httptools.HttpParserError as error:
+        raise MaybeSent(str(error), code="upstream_malformed") from error
+    modern = parser.get_http_version() == "1.1"
+    if not modern and parser.get_http_version() != "1.0":
+        raise MaybeSent("neither HTTP/1.1 nor HTTP/1.0", code="upstream_malformed")
+    status = parser.get_status_code()
+    lengths = [value for name, value in collected.fields if name == b"content-length"]
+    codings = [value for name, value in collected.fields if name == b"transfer-encoding"]
+    connection = b",".join(value.lower() for name, value in collected.fields if name == b"connection")
+    options = [option.strip() for option in connection.split(b",")] if connection else ()
+    keep = b"close" not in options and (modern or b"keep-alive" in options)
+    framing = _response_framing(method, status, lengths, codings)
+    return ResponseHead(status=status, fields=collected.fields), framing, keep and framing != UNTIL_CLOSE
+
+
+def _response_framing(method: str, status: int, lengths: list[bytes], codings: list[bytes]) -> Framing:
+    if lengths and codings:
+        raise MaybeSent("both Content-Length and Transfer-Encoding", code="upstream_malformed")
+    try:
+        length = _length(lengths) if lengths else UNTIL_CLOSE
+    except ClientFault as error:
+        raise MaybeSent(error.public, code="upstream_malformed") from error
+    if not 100 <= status <= 599:
+        raise MaybeSent(f"status {status}", code="upstream_malformed")
+    if method == "HEAD" or status < 200 or status in (204, 304) or (method == "CONNECT" and status < 300):
+        return 0
+    if codings:
+        if len(codings) > 1 or codings[0].lower() != b"chunked":
+            raise MaybeSent("a transfer coding other than chunked", code="upstream_malformed")
+        return CHUNKED
+    return length
+
+
+class Chunks:
+    """Decodes a chunked body from a buffer that its owner fills (RFC 9112 §7.1)."""
+
+    __slots__ = ("_left", "_max_bytes", "_max_fields", "_state", "_trailers", "ended")
+
+    def __init__(self, *, max_header_bytes: int, max_header_fields: int) -> None:
+        self._state = "size"
+        self._left = 0
+        self._trailers: list[tuple[bytes, bytes]] = []
+        self._max_bytes = max_header_bytes
+        self._max_fields = max_header_fields
+        self.ended = False
+
+    def next(self, buffer: bytearray) -> Data | Trailers | None:
+        """Take the next item out of `buffer`; None where the end has been reached (`ended`) or more bytes are needed.
+
+        Raises `ClientFault` for what is not chunked coding; whose fault it is in the end, the caller knows.
+        """
+        while not self.ended:
+            if self._state == "data":
+                if not buffer:
+                    return None
+                data = bytes(buffer[: self._left])
+                del buffer[: len(data)]
+                self._left -= len(data)
+                if not self._left:
+                    self._state = "gap"
+                return data
+            if self._state == "gap":
+                if len(buffer) < 2:
+                    if buffer and buffer[0] != 13:
+                        raise _bad_chunk("data is longer than its chunk")
+                    return None
+                if buffer[:2] != b"\r\n":
+                    raise _bad_chunk("data is longer than its chunk")
+                del buffer[:2]
+                self._state = "size"
+            line = self._line(buffer)
+            if line is None:
+                return None
+            if self._state == "size":
+                self._size(line)
+            elif line:
+                self._trailer(line)
+            else:
+                self.ended = True
+                return Trailers(self._trailers) if self._trailers else None
+        return None
+
+    def _line(self, buffer: bytearray) -> bytes | None:
+        limit = MAX_CHUNK_LINE_BYTES if self._state == "size" else self._max_bytes
+        end = buffer.find(b"\n", 0, limit)
+        if end < 0:
+            if len(buffer) >= limit:
+                raise _bad_chunk("a line is too long")
+            return None
+        if end == 0 or buffer[end - 1] != 13:
+            raise _bad_chunk("a line ends without CR")
+        line = bytes(buffer[: end - 1])
+        del buffer[: end + 1]
+        return line
+
+    def _size(self, line: bytes) -> None:
+        found = _CHUNK.fullmatch(line)
+        if found is None:
+            raise _bad_chunk("a chunk size is malformed")
+        self._left = int(found[1], 16)
+        self._state = "data" if self._left else "trailers"
+
+    def _trailer(self, line: bytes) -> None:
+        found = _FIELD.fullmatch(line)
+        self._max_bytes -= len(line)
+        if found is None or self._max_bytes <= 0 or len(self._trailers) >= self._max_fields:
+            raise _bad_chunk("the trailers are malformed or too large")
+        self._trailers.append((found[1].lower(), found[2]))
+
+
+def _bad_chunk(detail: str) -> ClientFault:
+    return ClientFault(detail, code="body_malformed", public="the chunked body is malformed")
+
+
+# ── out ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+_REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
+_STATUS_LINES = {code: b"HTTP/1.1 %d %s\r\n" % (code, reason) for code, reason in _REASONS.items()}
+LAST_CHUNK = b"0\r\n\r\n"
+
+
+def encode_request(head: RequestHead, fields: Iterable[tuple[bytes, bytes]], framing: Framing) -> bytes:
+    """The head of a request. `fields` hold neither Host nor framing; the authority and `framing` of the head are written."""
+    lines = [f"{head.method} {head.target} HTTP/1.1\r\nhost: {head.authority}\r\n".encode("ascii")]
+    lines += [b"%b: %b\r\n" % field for field in fields if field[0] != b"content-length"]
+    if head.upgrade is not None:
+        lines.append(f"connection: upgrade\r\nupgrade: {head.upgrade}\r\n".encode("latin-1"))
+    if framing == CHUNKED:
+        lines.append(b"transfer-encoding: chunked\r\n\r\n")
+    elif framing or head.method in _WITH_LENGTH:
+        lines.append(b"content-length: %d\r\n\r\n" % framing)
+    else:
+        lines.append(b"\r\n")
+    return b"".join(lines)
+
+
+_WITH_LENGTH = frozenset({"POST", "PUT", "PATCH"})
+
+
+def encode_response(head: ResponseHead, framing: Framing, *, bodiless: bool, close: bool) -> bytes:
+    """The head of an answer. A length that `head.fields` state is kept where there is no body to contradict it."""
+    status = head.status
+    lines = [_STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status]
+    if bodiless:
+        lines += [b"%b: %b\r\n" % field for field in head.fields]
+    else:
+        lines += [b"%b: %b\r\n" % field for field in head.fields if field[0] != b"content-length"]
+        if framing == CHUNKED:
+            lines.append(b"transfer-encoding: chunked\r\n")
+        elif framing != UNTIL_CLOSE:
+            lines.append(b"content-length: %d\r\n" % framing)
+    lines.append(b"connection: close\r\n\r\n" if close else b"\r\n")
+    return b"".join(lines)
+
+
+def encode_interim(head: ResponseHead) -> bytes:
+    return b"".join([_STATUS_LINES.get(head.status) or b"HTTP/1.1 %d \r\n" % head.status,
+                     *(b"%b: %b\r\n" % field for field in head.fields), b"\r\n"])  # fmt: skip
+
+
+def encode_switch(head: ResponseHead, upgrade: str) -> bytes:
+    """101, with the two hop-by-hop fields that make it mean something (RFC 9110 §7.8)."""
+    fields = [*head.fields, (b"connection", b"upgrade"), (b"upgrade", upgrade.encode("latin-1"))]
+    return encode_interim(ResponseHead(status=101, fields=fields))
+
+
+def encode_chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
+
+
+def encode_trailers(fields: Fields) -> bytes:
+    return b"".join([b"0\r\n", *(b"%b: %b\r\n" % field for field in fields), b"\r\n"])
+
+
+def http_date(now: float) -> bytes:
+    """IMF-fixdate (RFC 9110 §5.6.7), independent of the locale."""
+    parts = time.gmtime(now)
+    return (
+        f"{_DAYS[parts.tm_wday]}, {parts.tm_mday:02} {_MONTHS[parts.tm_mon - 1]} {parts.tm_year} "
+        f"{parts.tm_hour:02}:{parts.tm_min:02}:{parts.tm_sec:02} GMT"
+    ).encode()
+
+
+_DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")

@@ -1,0 +1,298 @@
+"""The server's side of an HTTP/1.1 connection: one request at a time, each handed over with the way back.
+
+A request that cannot be understood is answered here, since there is no exchange for it: fixed text, then the end of the connection,
+because after a doubt nothing behind it can be trusted to be a request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import trio
+
+from sidecar.errors import ClientFault, OurFault
+from sidecar.model import (
+    Aborted,
+    ByteStream,
+    ClientGone,
+    Connection,
+    Reply,
+    Request,
+    RequestHead,
+    Response,
+    ResponseHead,
+)
+from sidecar.wire import answers, h1
+from sidecar.wire.h1_body import Incoming, Outgoing
+from sidecar.wire.network import Stream
+
+Handle = Callable[[Connection, Request, Reply], Awaitable[None]]
+
+_GONE = (trio.BrokenResourceError, trio.ClosedResourceError)
+_DRAIN_BYTES = 65536
+"""How much of a body that nobody read is read and dropped, so that the connection can be kept."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What one connection may take of us. Sizes in bytes, times in seconds."""
+
+    max_header_bytes: int = 60 * 1024
+    max_header_fields: int = 100
+    max_streams: int = 100
+    header_timeout: float = 10.0
+    idle_timeout: float = 3600.0
+    linger_timeout: float = 1.0
+    allow_encoded_slash: bool = False
+
+
+class NoLongerTrusted(ClientFault):
+    """A request on a connection whose peer has since expired or lost our trust. Another connection may do (RFC 9110 §15.5.20)."""
+
+    status = 421
+    code = "peer_no_longer_trusted"
+    public = "the identity of this connection is no longer accepted"
+
+
+class Served:
+    """What a connection's protocol driver needs of the server around it, and tells it.
+
+    `idle` bounds the waits between requests: cancelling it ends the connection where nothing is lost by that.
+    """
+
+    __slots__ = ("connection", "draining", "exchanges", "fresh", "handle", "idle", "limits", "on_drain", "reason")
+
+    def __init__(
+        self, connection: Connection, handle: Handle, limits: Limits, fresh: Callable[[], bool], *, draining: bool
+    ) -> None:
+        self.connection = connection
+        self.handle = handle
+        self.limits = limits
+        self.fresh = fresh
+        """Raises nothing: whether the peer would still be accepted, were it to connect now."""
+        self.draining = draining
+        self.idle: trio.CancelScope | None = None
+        self.on_drain: Callable[[], None] | None = None
+        """Told of a drain while `idle` is not set, where the driver has something to say to its peer then (GOAWAY)."""
+        self.exchanges = 0
+        self.reason: str | None = None
+
+    def drain(self) -> None:
+        """Finish what is open and take nothing new."""
+        self.draining = True
+        if self.idle is not None:
+            self.idle.cancel()
+        elif self.on_drain is not None:
+            self.on_drain()
+
+
+async def serve(stream: Stream, buffer: bytearray, served: Served) -> None:
+    """Serve requests until the client or we end the connection. `buffer` holds what was read of it already."""
+    while True:
+        raw = await _next_head(stream, buffer, served)
+        if raw is None:
+            return
+        try:
+            head, framing, keep = h1.request_head(
+                raw,
+                scheme="https" if served.connection.tls else "http",
+                max_header_fields=served.limits.max_header_fields,
+                allow_encoded_slash=served.limits.allow_encoded_slash,
+            )
+            if not served.fresh():
+                raise NoLongerTrusted
+        except ClientFault as fault:
+            await _refuse(stream, served, fault)
+            return
+        body = Incoming(
+            stream, buffer, framing,
+            max_header_bytes=served.limits.max_header_bytes, max_header_fields=served.limits.max_header_fields,
+        )  # fmt: skip
+        reply = _Reply(stream, buffer, head, body, served, keep=keep)
+        served.exchanges += 1
+        await served.handle(served.connection, Request(head=head, body=body), reply)
+        if not reply.complete:
+            # The answer was cut short, or there is none: a reset says so, a clean end would not.
+            served.reason = served.reason or "exchange_aborted"
+            stream.abort()
+            return
+        if not reply.keep or not await _body_finished(body, served):
+            await stream.close_gently(served.limits.linger_timeout)
+            return
+
+
+async def _next_head(stream: Stream, buffer: bytearray, served: Served) -> bytes | None:
+    """The bytes of the next head, or None where the connection is over (and closed)."""
+    limits = served.limits
+    searched = 0
+    try:
+        with trio.CancelScope(deadline=trio.current_time() + limits.idle_timeout) as scope:
+            served.idle = None if buffer else scope
+            if not buffer and served.draining:
+                scope.cancel()
+            elif buffer:
+                scope.deadline = trio.current_time() + limits.header_timeout
+            while True:
+                if buffer:
+                    while not searched and buffer[:2] == b"\r\n":
+                        del buffer[:2]  # an empty line before a request is to be ignored (RFC 9112 §2.2)
+                    end = h1.head_end(buffer, searched, limits.max_header_bytes)
+                    if end:
+                        raw = bytes(buffer[:end])
+                        del buffer[:end]
+                        return raw
+                    if not h1.could_begin_request(buffer):
+                        raise ClientFault(code="head_malformed")
+                    searched = len(buffer)
+                data = await stream.receive_some()
+                if not data:
+                    if buffer:
+                        served.reason = "head_incomplete"
+                    stream.close()
+                    return None
+                if not buffer:
+                    scope.deadline = trio.current_time() + limits.header_timeout
+                    served.idle = None
+                buffer += data
+    except ClientFault as fault:
+        await _refuse(stream, served, fault)
+        return None
+    except _GONE:
+        # On a kept connection an idle client that resets instead of ending has done nothing wrong.
+        served.reason = "head_incomplete" if buffer else None if served.exchanges else "reset_by_peer"
+        stream.close()
+        return None
+    finally:
+        served.idle = None
+    if buffer:
+        await _refuse(
+            stream, served, ClientFault(code="head_timeout", public="the header section took too long", status=408)
+        )
+    else:
+        served.reason = "draining" if served.draining else "idle_timeout"
+        await stream.close_gently(served.limits.linger_timeout)
+    return None
+
+
+async def _refuse(stream: Stream, served: Served, fault: ClientFault) -> None:
+    served.reason = fault.code
+    response = answers.fault(fault)
+    head = h1.encode_response(response.head, response.body.length or 0, bodiless=False, close=True)
+    try:
+        with trio.move_on_after(served.limits.linger_timeout):
+            await Outgoing(stream).send(head, response.body, response.body.length or 0)
+    except _GONE:
+        pass
+    await stream.close_gently(served.limits.linger_timeout)
+
+
+async def _body_finished(body: Incoming, served: Served) -> bool:
+    """Read and drop the little of a body that nobody wanted. What is more than a little ends the connection instead."""
+    if body.ended:
+        return True
+    try:
+        with trio.move_on_after(served.limits.linger_timeout):
+            while await body.receive() is not None:
+                pass
+    except Aborted:
+        return False
+    return body.ended
+
+
+class _Reply:
+    """`model.Reply` to one request."""
+
+    __slots__ = ("_body", "_buffer", "_head", "_out", "_served", "_stream", "complete", "keep", "started")
+
+    def __init__(
+        self, stream: Stream, buffer: bytearray, head: RequestHead, body: Incoming, served: Served, *, keep: bool
+    ) -> None:
+        self._stream = stream
+        self._buffer = buffer
+        self._head = head
+        self._body = body
+        self._served = served
+        self._out = Outgoing(stream)
+        self.keep = keep
+        self.started = False
+        self.complete = False
+
+    @property
+    def bytes_sent(self) -> int:
+        return self._out.sent
+
+    async def interim(self, head: ResponseHead) -> None:
+        if self._head.protocol == "HTTP/1.1" and not self.started:
+            try:
+                await self._stream.send_all(h1.encode_interim(head))
+            except _GONE as error:
+                raise ClientGone(str(error)) from error
+
+    async def send(self, response: Response) -> None:
+        if self.started:
+            raise OurFault("a second final answer to one request")
+        self.started = True
+        self.keep = self.keep and not self._served.draining and self._served.fresh() and self._can_finish_body()
+        status = response.head.status
+        bodiless = self._head.method == "HEAD" or status in (204, 304)
+        length = response.body.length
+        framing = 0 if bodiless else h1.CHUNKED if length is None else length
+        if framing == h1.CHUNKED and self._head.protocol == "HTTP/1.0":
+            framing, self.keep = h1.UNTIL_CLOSE, False
+        head = h1.encode_response(response.head, framing, bodiless=bodiless, close=not self.keep)
+        try:
+            if bodiless:
+                await self._stream.send_all(head)
+            else:
+                await self._out.send(head, response.body, framing)
+        except _GONE as error:
+            raise ClientGone(str(error)) from error
+        self.complete = True
+
+    async def tunnel(self, head: ResponseHead) -> ByteStream:
+        self.started = True
+        self.keep = False
+        raw = (
+            h1.encode_switch(head, self._head.upgrade or "")
+            if head.status == 101
+            else h1.encode_response(head, h1.UNTIL_CLOSE, bodiless=True, close=False)
+        )
+        try:
+            await self._stream.send_all(raw)
+        except _GONE as error:
+            raise ClientGone(str(error)) from error
+        self.complete = True
+        return Buffered(self._stream, self._buffer)
+
+    def _can_finish_body(self) -> bool:
+        if self._body.ended:
+            return True
+        left = self._body.left
+        return not self._head.expects_continue and left is not None and left <= _DRAIN_BYTES
+
+
+class Buffered:
+    """A stream some bytes of which have been read already."""
+
+    __slots__ = ("_buffer", "_stream")
+
+    def __init__(self, stream: ByteStream, buffer: bytearray) -> None:
+        self._stream = stream
+        self._buffer = buffer
+
+    async def receive_some(self, max_bytes: int = 65536) -> bytes:
+        if self._buffer:
+            data = bytes(self._buffer[:max_bytes])
+            del self._buffer[: len(data)]
+            return data
+        return await self._stream.receive_some(max_bytes)
+
+    async def send_all(self, data: bytes) -> None:
+        await self._stream.send_all(data)
+
+    async def send_eof(self) -> None:
+        await self._stream.send_eof()
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()

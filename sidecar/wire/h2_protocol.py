@@ -1,0 +1,286 @@
+"""HTTP/2 as a state machine: python-hyper's, bent where a proxy needs more. Does no I/O and knows no clock.
+
+`h2` parses, validates and keeps the states of streams. What this file changes:
+
+- a GOAWAY, sent or received, ends no stream below it (RFC 9113 §6.8): h2 closes the whole connection there;
+- a malformed message is an error of its stream (§8.1.1), so that one bad request harms no other on its connection;
+- so is a stream beyond the limit: it is refused, and may be tried again (§5.1.2, §8.7);
+- what a peer can make us keep is bounded: settings that nobody knows, the encoder's table, the memory of closed streams,
+  a frame that is announced larger than allowed;
+- the connection's window is given back by one account (`credit`), also for data that nobody waits for any more;
+- a frame is not turned into text on its way in.
+
+The names with an underscore are h2's own: the lock file pins them, and the tests of this room fail where they change.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from h2.config import H2Configuration
+from h2.connection import (
+    AllowedStreamIDs,
+    ConnectionInputs,
+    ConnectionState,
+    H2Connection,
+    H2ConnectionStateMachine,
+)
+from h2.errors import ErrorCodes
+from h2.events import ConnectionTerminated, Event, StreamReset
+from h2.exceptions import (
+    DenialOfServiceError,
+    FrameTooLargeError,
+    InvalidBodyLengthError,
+    ProtocolError,
+    StreamClosedError,
+    StreamIDTooLowError,
+)
+from h2.settings import SettingCodes, Settings
+from h2.stream import H2Stream, StreamClosedBy, StreamState
+from hpack.exceptions import HPACKError, OversizedHeaderListError
+from hyperframe.frame import (
+    DataFrame,
+    Frame,
+    GoAwayFrame,
+    HeadersFrame,
+    RstStreamFrame,
+    SettingsFrame,
+)
+
+from sidecar.wire.h2_encoder import Encoder
+
+STREAM_WINDOW: Final = 65535
+"""Bytes that may be on their way on one stream: RFC 9113's initial value, so that there is nothing to agree on first."""
+_OVERSIZE: Final = 4
+"""Header lists up to this many times the limit are decoded, so that they can be answered; above, the connection ends."""
+_KNOWN_SETTINGS = frozenset(int(code) for code in SettingCodes)
+
+
+class _Machine(H2ConnectionStateMachine):
+    _transitions = {  # noqa: RUF012  (h2's own way)
+        **H2ConnectionStateMachine._transitions,
+        **{
+            (state, ConnectionInputs.RECV_GOAWAY): (None, state)
+            for state in (ConnectionState.IDLE, ConnectionState.CLIENT_OPEN, ConnectionState.SERVER_OPEN)
+        },
+    }
+
+
+class CompressionError(ProtocolError):
+    """A header block that cannot be decoded: from here on nothing could (RFC 9113 §4.3)."""
+
+    error_code = ErrorCodes.COMPRESSION_ERROR
+
+
+class Protocol(H2Connection):
+    """One connection's state. After construction its first bytes wait in `data_to_send`.
+
+    `window` is the connection's receive window in bytes, `max_streams` how many the peer may open at once.
+    """
+
+    MAX_CLOSED_STREAMS = 1000
+
+    def __init__(self, *, client: bool, max_header_bytes: int, max_streams: int, window: int) -> None:
+        super().__init__(
+            H2Configuration(client_side=client, validate_outbound_headers=False, normalize_outbound_headers=False)
+        )
+        values = {
+            SettingCodes.MAX_HEADER_LIST_SIZE: max_header_bytes,
+            SettingCodes.INITIAL_WINDOW_SIZE: STREAM_WINDOW,
+            SettingCodes.ENABLE_PUSH: 0,
+        }
+        if not client:
+            values[SettingCodes.MAX_CONCURRENT_STREAMS] = max_streams
+        self.local_settings = Settings(client=client, initial_values=values)
+        self.decoder.max_header_list_size = _OVERSIZE * max_header_bytes
+        self.encoder = Encoder()
+        self.state_machine = _Machine()
+        self.greeted = False
+        """Whether the peer's SETTINGS, which must come first, have come."""
+        self._max_streams = max_streams
+        self._owed = 0
+        self.initiate_connection()
+        self.increment_flow_control_window(window - STREAM_WINDOW)
+
+    # ── what the I/O around it asks ─────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def pending(self) -> int:
+        """Bytes in `data_to_send`."""
+        return len(self._data_to_send)
+
+    @property
+    def partial(self) -> bool:
+        """Whether the peer is in the middle of a frame, or of a header block."""
+        return bool(self.incoming_buffer._data or self.incoming_buffer._headers_buffer)
+
+    @property
+    def over(self) -> bool:
+        """Whether an error has ended the connection: nothing but its GOAWAY is left to be sent."""
+        return self.state_machine.state is ConnectionState.CLOSED
+
+    def go_away(self) -> None:
+        """Announce that no stream beyond those seen so far will be served. Those go on."""
+        self._prepare_for_sending([GoAwayFrame(0, last_stream_id=self.highest_inbound_stream_id)])
+
+    def fail(self, code: ErrorCodes) -> None:
+        """End the connection for an error, unless one has ended it already."""
+        if not self.over:
+            self._terminate_connection(code)
+
+    def credit(self, size: int) -> None:
+        """Give `size` bytes of the connection's window back, now or together with more of them.
+
+        They wait for company only while that cannot hold the peer up: no longer than the rest of the window lasts.
+        """
+        self._owed += size
+        manager = self._inbound_flow_control_window_manager
+        if self._owed and (self._owed >= manager.max_window_size // 2 or self._owed >= manager.current_window_size):
+            if not self.over:
+                self.increment_flow_control_window(self._owed)
+            self._owed = 0
+
+    def widen(self, stream_id: int, size: int) -> bool:
+        """Give `size` bytes of a stream's window back. False where more of them should be waited for first."""
+        stream = self.streams.get(stream_id)
+        if stream is None or not stream.open or self.over:
+            return True
+        if size < STREAM_WINDOW // 2 and size < stream.inbound_flow_control_window:
+            return False
+        self.increment_flow_control_window(size, stream_id)
+        return True
+
+    def drop(self, stream_id: int, code: ErrorCodes) -> None:
+        """Reset a stream, unless it has closed."""
+        stream = self.streams.get(stream_id)
+        if stream is not None and not stream.closed and not self.over:
+            self.reset_stream(stream_id, code)
+
+    def forget(self, stream_id: int) -> None:
+        """Keep of a closed stream nothing but how it closed."""
+        stream = self.streams.get(stream_id)
+        if stream is not None and stream.closed:
+            del self.streams[stream_id]
+            self._closed_streams[stream_id] = stream.closed_by
+
+    # ── in ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def receive_data(self, data: bytes) -> list[Event]:  # type: ignore[override]
+        """As h2's. Raises `h2.exceptions.ProtocolError` after having queued the GOAWAY that says so."""
+        try:
+            events = super().receive_data(data)
+            coming = self.incoming_buffer._data
+            if len(coming) >= 3 and int.from_bytes(coming[:3]) > self.max_inbound_frame_size:
+                raise FrameTooLargeError("a frame is announced larger than allowed")  # h2 would wait for all of it
+        except ProtocolError as error:
+            self.fail(error.error_code)
+            raise
+        return events
+
+    def _receive_frame(self, frame: Frame) -> list[Event]:
+        if not self.greeted:
+            if type(frame) is not SettingsFrame or "ACK" in frame.flags:
+                raise ProtocolError("the first frame is not SETTINGS")
+            self.greeted = True
+        try:
+            frames, events = self._frame_dispatch_table[type(frame)](frame)
+        except StreamClosedError as error:
+            if not self._stream_is_closed_by_reset(error.stream_id):
+                raise
+            return self._reset(error.stream_id, error.error_code, list(error._events))
+        except StreamIDTooLowError as error:
+            if self._stream_is_closed_by_reset(error.stream_id):
+                return self._reset(error.stream_id, ErrorCodes.STREAM_CLOSED, [])
+            if self._stream_is_closed_by_end(error.stream_id):
+                raise StreamClosedError(error.stream_id) from error
+            raise
+        self._prepare_for_sending(frames)
+        return list(events)
+
+    def _reset(self, stream_id: int, code: ErrorCodes, events: list[Event]) -> list[Event]:
+        self._prepare_for_sending([_rst_stream(stream_id, code)])
+        return events
+
+    def _receive_headers_frame(self, frame: HeadersFrame) -> tuple[list[Frame], list[Event]]:
+        """A header block is decoded whatever becomes of it: the peer's encoder has moved on."""
+        headers = self._decoded(frame.data)
+        self.state_machine.process_input(ConnectionInputs.RECV_HEADERS)
+        stream = self.streams.get(frame.stream_id)
+        if stream is None:
+            if self.config.client_side:
+                self._get_stream_by_id(frame.stream_id)  # raises: a server opens no streams here
+            stream = self._begin_new_stream(frame.stream_id, AllowedStreamIDs.ODD)
+            # Those that have closed are counted off only when the number seems to be exceeded.
+            if len(self.streams) > self._max_streams and self.open_inbound_streams >= self._max_streams:
+                return self._broken(stream, ErrorCodes.REFUSED_STREAM)
+        try:
+            frames, events = stream.receive_headers(headers, "END_STREAM" in frame.flags, None)
+        except StreamClosedError:
+            raise
+        except ProtocolError as error:
+            return self._broken(stream, error.error_code)
+        if "PRIORITY" in frame.flags:
+            self._receive_priority_frame(frame)
+        return frames, events
+
+    def _decoded(self, block: bytes) -> list[tuple[bytes, bytes]]:
+        try:
+            return list(self.decoder.decode(block, raw=True))
+        except OversizedHeaderListError as error:
+            raise DenialOfServiceError(str(error)) from error
+        except (HPACKError, IndexError, ValueError) as error:
+            raise CompressionError(str(error)) from error
+
+    def _receive_data_frame(self, frame: DataFrame) -> tuple[list[Frame], list[Event]]:
+        try:
+            return super()._receive_data_frame(frame)
+        except InvalidBodyLengthError as error:
+            self.credit(frame.flow_controlled_length)
+            return self._broken(self.streams[frame.stream_id], error.error_code)
+
+    def _broken(self, stream: H2Stream, code: ErrorCodes) -> tuple[list[Frame], list[Event]]:
+        """Close a stream for what the peer did on it. h2 may have moved it to any state on the way to its error."""
+        stream.state_machine.state = StreamState.CLOSED
+        stream.state_machine.stream_closed_by = StreamClosedBy.SEND_RST_STREAM
+        event = StreamReset(stream_id=stream.stream_id, error_code=code, remote_reset=False)
+        return [_rst_stream(stream.stream_id, code)], [event]
+
+    def _handle_data_on_closed_stream(
+        self, events: list[Event], exc: StreamClosedError, frame: DataFrame
+    ) -> tuple[list[Frame], list[Event]]:
+        """Data that crossed our reset on its way is dropped in silence, other data of a closed stream is an error."""
+        self.credit(frame.flow_controlled_length)
+        if not exc._events and self._stream_closed_by(frame.stream_id) is StreamClosedBy.SEND_RST_STREAM:
+            return [], events
+        return [_rst_stream(frame.stream_id, exc.error_code)], events + list(exc._events)
+
+    def _receive_settings_frame(self, frame: SettingsFrame) -> tuple[list[Frame], list[Event]]:
+        """Unknown settings are ignored (RFC 9113 §6.5.2), and not remembered."""
+        frame.settings = {code: value for code, value in frame.settings.items() if code in _KNOWN_SETTINGS}
+        return super()._receive_settings_frame(frame)
+
+    def _receive_rst_stream_frame(self, frame: RstStreamFrame) -> tuple[list[Frame], list[Event]]:
+        outbound = self._stream_id_is_outbound(frame.stream_id)
+        if frame.stream_id > (self.highest_outbound_stream_id if outbound else self.highest_inbound_stream_id):
+            raise ProtocolError("RST_STREAM for a stream that is idle")  # RFC 9113 §6.4
+        return super()._receive_rst_stream_frame(frame)
+
+    def _receive_goaway_frame(self, frame: GoAwayFrame) -> tuple[list[Frame], list[Event]]:
+        self.state_machine.process_input(ConnectionInputs.RECV_GOAWAY)
+        event = ConnectionTerminated()
+        event.error_code = error_code(frame.error_code)
+        event.last_stream_id = frame.last_stream_id
+        return [], [event]
+
+
+def error_code(number: int) -> ErrorCodes:
+    """An unknown code means nothing special (RFC 9113 §7)."""
+    try:
+        return ErrorCodes(number)
+    except ValueError:
+        return ErrorCodes.INTERNAL_ERROR
+
+
+def _rst_stream(stream_id: int, code: ErrorCodes) -> RstStreamFrame:
+    return RstStreamFrame(stream_id, error_code=code)
+

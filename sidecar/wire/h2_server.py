@@ -1,0 +1,330 @@
+"""The server's side of an HTTP/2 connection: many requests at once, each handed over with the way back.
+
+One task reads, one writes, and each request has a task of its own, in a cancel scope that a reset by the client ends. What
+goes wrong with one stream stays with it: a request without a single meaning is answered there, a malformed one reset.
+Only an error of the connection itself ends it for all (RFC 9113 §5.4).
+
+A drain says GOAWAY and lets the open streams finish. A stream that comes after it, or is too many, is refused: it has
+certainly not been acted on, and may be tried elsewhere (§8.7).
+"""
+
+from __future__ import annotations
+
+import math
+
+import trio
+from h2.errors import ErrorCodes
+from h2.events import ConnectionTerminated, RequestReceived, StreamReset
+
+from sidecar.errors import ClientFault, OurFault
+from sidecar.model import Aborted, ByteStream, ClientGone, Fields, Request, RequestHead, Response, ResponseHead
+from sidecar.wire import answers, h2_heads
+from sidecar.wire.h1_server import NoLongerTrusted, Served
+from sidecar.wire.h2_protocol import Protocol
+from sidecar.wire.h2_streams import GONE, Allowance, Channel, Link
+from sidecar.wire.network import Stream
+
+_WINDOW_BYTES = 1024 * 1024
+"""What one connection may hold of bodies that nobody has read yet. It has one peer, who is in nobody's way but its own."""
+_MAX_RESETS = 2
+"""Times `max_streams`: how many streams, above those that it lets finish, a client may break off within `_RESET_SECONDS`.
+All of them at once, and all again, is what an impatient client does; more is a flood (CVE-2023-44487)."""
+_RESET_SECONDS = 10.0
+_MAX_TASKS = 2
+"""Times `max_streams`: tasks of streams that are over may still be cleaning up."""
+
+
+async def serve(stream: Stream, buffer: bytearray, served: Served) -> None:
+    """Serve requests until the client or we end the connection. `buffer` holds what was read of it already."""
+    first = bytes(buffer)
+    buffer.clear()
+    connection = _Connection(stream, served)
+    served.on_drain = connection.drain
+    try:
+        await connection.run(first)
+    finally:
+        served.on_drain = served.idle = None
+        stream.close()
+    if connection.defect is not None:
+        raise connection.defect
+
+
+class _Connection(Link):
+    def __init__(self, stream: Stream, served: Served) -> None:
+        limits = served.limits
+        super().__init__(
+            stream,
+            Protocol(
+                client=False,
+                max_header_bytes=limits.max_header_bytes,
+                max_streams=limits.max_streams,
+                window=_WINDOW_BYTES,
+            ),
+            max_header_bytes=limits.max_header_bytes,
+            max_header_fields=limits.max_header_fields,
+        )
+        self.served = served
+        self.defect: Exception | None = None
+        """What a handler raised that it should have dealt with. The connection takes nothing new and ends with it."""
+        self._resets = Allowance(_MAX_RESETS * limits.max_streams, _RESET_SECONDS)
+        self._leaving = False
+        self._peer_leaves = False
+        self._idle_until = trio.current_time() + limits.idle_timeout
+        self._pressed = False
+        self._waiting_scope = trio.CancelScope()
+        self._tasks: trio.Nursery
+        self._handlers[RequestReceived] = self._request_received
+
+    async def run(self, first: bytes) -> None:
+        linger_timeout = self.served.limits.linger_timeout
+        async with trio.open_nursery() as writer:
+            writer.start_soon(self.write)
+            async with trio.open_nursery() as self._tasks:
+                orderly = await self._serve(first)
+                self.lose_all("the connection ended")
+            with trio.move_on_after(linger_timeout):
+                await self.flushed()
+            writer.cancel_scope.cancel()
+        if orderly and not self.broken:
+            await self.stream.close_gently(linger_timeout)
+
+    # ── the life of the connection ──────────────────────────────────────────────────────────────────────────────
+
+    async def _serve(self, first: bytes) -> bool:
+        """Read, and let requests be handled, until the connection is over. False where the client has gone."""
+        if self.served.draining:
+            self.drain()
+        if first and not self.feed(first):
+            return self._failed()
+        while True:
+            with trio.CancelScope() as self._waiting_scope:
+                self._watch()
+                try:
+                    await self.read()
+                except GONE:
+                    pass
+                else:
+                    if self.error is not None:
+                        return self._failed()
+                return self._left()
+            if self.broken:
+                return self._left()
+            if not self.channels:
+                return self._idled()
+            if self.served.draining:  # it came with the first bytes of a request
+                self._go_away()
+
+    def _failed(self) -> bool:
+        self.served.reason = self.error
+        return True
+
+    def _left(self) -> bool:
+        """On a connection without open streams a client that ends, or resets, has done nothing wrong."""
+        if self.channels:
+            self.served.reason = "exchange_aborted"
+        elif not self.served.exchanges and not self._leaving:
+            self.served.reason = "reset_by_peer" if self.protocol.greeted else "head_incomplete"
+        return False
+
+    def _idled(self) -> bool:
+        if self._leaving or self.served.draining:
+            self.served.reason = self.served.reason or "draining"
+        elif not self._peer_leaves:
+            self.served.reason = "head_timeout" if self._pressed else "idle_timeout"
+        self._go_away()
+        return True
+
+    def stop(self) -> None:
+        self._waiting_scope.cancel()
+
+    def drain(self) -> None:
+        """Take nothing new, and end with the last open stream."""
+        self._go_away()
+        if not self.channels:
+            self.stop()
+
+    def _go_away(self) -> None:
+        if not self._leaving:
+            self._leaving = True
+            if not self.protocol.over:
+                self.protocol.go_away()
+                self.ring()
+
+    def peer_goes_away(self, event: ConnectionTerminated) -> None:
+        self._peer_leaves = True
+        if not self.channels:
+            self.stop()
+
+    def feed(self, data: bytes) -> bool:
+        fine = super().feed(data)
+        if fine and not self.channels:
+            self._watch()
+        return fine
+
+    def _watch(self) -> None:
+        """Set how long the client may be silent: not at all bounded while streams are open."""
+        scope = self._waiting_scope
+        if self.channels:
+            self.served.idle = None
+            scope.deadline = math.inf
+            return
+        self.served.idle = scope
+        if self._leaving or self._peer_leaves:
+            scope.cancel()
+        elif self.protocol.partial or not self.protocol.greeted:
+            if not self._pressed or scope.deadline == math.inf:
+                self._pressed = True
+                scope.deadline = min(self._idle_until, trio.current_time() + self.served.limits.header_timeout)
+        else:
+            self._pressed = False
+            scope.deadline = self._idle_until
+
+    # ── streams ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _request_received(self, event: RequestReceived) -> None:
+        limits = self.served.limits
+        if self._leaving or len(self.channels) >= _MAX_TASKS * limits.max_streams:
+            self.protocol.drop(event.stream_id, ErrorCodes.REFUSED_STREAM)
+            self.protocol.forget(event.stream_id)
+            return
+        ended = event.stream_ended is not None
+        fields = event.headers or []
+        length: int | None = 0 if ended else None
+        request: RequestHead | ClientFault
+        try:
+            request, length = h2_heads.request_head(
+                fields,
+                tls=self.served.connection.tls,
+                ended=ended,
+                max_header_bytes=limits.max_header_bytes,
+                max_header_fields=limits.max_header_fields,
+                allow_encoded_slash=limits.allow_encoded_slash,
+            )
+            if not self.served.fresh():
+                request = NoLongerTrusted()
+        except ClientFault as fault:
+            request = fault
+        channel = _Exchange(self, event.stream_id, length)
+        if ended:
+            channel.body.end()
+        if not self.channels:
+            self._waiting_scope.deadline = math.inf
+            self.served.idle = None
+        self.channels[channel.id] = channel
+        if isinstance(request, ClientFault):
+            self._tasks.start_soon(self._refuse, channel, request, fields)
+        else:
+            self.served.exchanges += 1
+            self._tasks.start_soon(self._handle, channel, request)
+
+    async def _handle(self, channel: _Exchange, head: RequestHead) -> None:
+        reply = _Reply(channel, head.method)
+        try:
+            with channel.scope:
+                await self.served.handle(self.served.connection, Request(head=head, body=channel.body), reply)
+        except Aborted:
+            pass
+        except Exception as error:  # noqa: BLE001  (a defect ends its own stream now, and the connection after the others)
+            self.defect = self.defect or error
+            self._go_away()
+        finally:
+            self._finish(channel)
+
+    async def _refuse(self, channel: _Exchange, fault: ClientFault, fields: Fields) -> None:
+        method = next((value for name, value in fields if name == b":method"), b"")
+        try:
+            with channel.scope:
+                await _Reply(channel, method.decode("latin-1")).send(answers.fault(fault, request_fields=fields))
+        except Aborted:
+            pass
+        finally:
+            self._finish(channel)
+        if isinstance(fault, NoLongerTrusted):
+            self.served.reason = fault.code
+            self.drain()
+
+    def _finish(self, channel: _Exchange) -> None:
+        """Close what the exchange left open. What a client still sends of a body that nobody wants is not waited for."""
+        if not channel.ended:
+            self.protocol.drop(channel.id, ErrorCodes.INTERNAL_ERROR)
+        else:
+            self._resets.earn()
+            if not channel.body.complete:
+                self.protocol.drop(channel.id, ErrorCodes.NO_ERROR)  # RFC 9113 §8.1
+        self.close_channel(channel)
+        if not self.channels:
+            self._idle_until = trio.current_time() + self.served.limits.idle_timeout
+            self._watch()
+
+    def _stream_reset(self, event: StreamReset) -> None:
+        # Also of streams that our own side reset for what the client sent: the work is lost in the same way.
+        self._resets.spend(trio.current_time())
+        super()._stream_reset(event)
+
+    def consumed(self, size: int) -> None:
+        self.protocol.credit(size)
+
+
+class _Exchange(Channel):
+    """One stream and what ends its handling."""
+
+    __slots__ = ("_gone", "scope")
+
+    def __init__(self, link: Link, stream_id: int, length: int | None) -> None:
+        super().__init__(link, stream_id, length)
+        self.scope = trio.CancelScope()
+        self._gone: str | None = None
+
+    def begin(self, fields: list[tuple[bytes, bytes]], *, end: bool) -> None:
+        self.check()
+        self.link.protocol.send_headers(self.id, fields, end_stream=end)
+        self.link.ring()
+        self.ended = end
+
+    def check(self) -> None:
+        if self._gone is not None or self.link.broken or self.link.protocol.over:
+            raise ClientGone(self._gone or "the connection ended")
+
+    def lost(self, reason: str, code: ErrorCodes | None, *, remote: bool) -> None:  # noqa: ARG002
+        if self._gone is None:
+            self._gone = reason
+            self.body.fail(reason)
+            self.room.ring()
+            self.scope.cancel()
+
+
+class _Reply:
+    """`model.Reply` to one request."""
+
+    __slots__ = ("_channel", "_method", "started")
+
+    def __init__(self, channel: _Exchange, method: str) -> None:
+        self._channel = channel
+        self._method = method
+        self.started = False
+
+    @property
+    def complete(self) -> bool:
+        return self._channel.ended
+
+    @property
+    def bytes_sent(self) -> int:
+        return self._channel.bytes_sent
+
+    async def interim(self, head: ResponseHead) -> None:
+        if not self.started and head.status != 101:
+            self._channel.begin(h2_heads.encode_interim(head), end=False)
+
+    async def send(self, response: Response) -> None:
+        if self.started:
+            raise OurFault("a second final answer to one request")
+        self.started = True
+        bodiless = self._method == "HEAD" or response.head.status in (204, 304)
+        fields = h2_heads.encode_response(response.head, response.body.length, bodiless=bodiless)
+        if bodiless:
+            self._channel.begin(fields, end=True)
+        else:
+            await self._channel.transmit(fields, response.body)
+
+    async def tunnel(self, head: ResponseHead) -> ByteStream:  # noqa: ARG002
+        raise OurFault("no tunnels over HTTP/2", code="tunnel_unsupported")

@@ -1,0 +1,86 @@
+"""What `sidecar run` brings into memory: nothing of the management group, of the development tools, nor of httpx."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parents[2]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+NOT_IN_RUN = {"httpx"}
+"""Runtime dependencies that only web endpoints need: imported by whoever opens one, when it does."""
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def with_what_they_bring(requirements: Iterable[str]) -> set[str]:
+    """The installed distributions that these requirements come to, transitively."""
+    found: set[str] = set()
+    waiting = [Requirement(one) for one in requirements]
+    while waiting:
+        requirement = waiting.pop()
+        name = canonical(requirement.name)
+        if name not in found and (requirement.marker is None or requirement.marker.evaluate({"extra": ""})):
+            found.add(name)
+            waiting += map(Requirement, metadata.requires(name) or ())
+    return found
+
+
+def top_levels(distributions: set[str]) -> set[str]:
+    return {
+        package
+        for package, owners in metadata.packages_distributions().items()
+        if distributions.issuperset(map(canonical, owners))
+    }
+
+
+@pytest.fixture(scope="module")
+def loaded() -> set[str]:
+    """The top-level names that are loaded once all that serves is: the program, its command and the composition root."""
+    program = "import json, sys, sidecar.__main__, sidecar.cli.run, sidecar.app; print(json.dumps(list(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    return {name.partition(".")[0] for name in json.loads(done.stdout)}
+
+
+RUNTIME = PYPROJECT["project"]["dependencies"]
+NEEDED = with_what_they_bring(one for one in RUNTIME if canonical(Requirement(one).name) not in NOT_IN_RUN)
+NAMED_BY_GROUPS = [
+    one for group in ("management", "dev") for one in PYPROJECT["dependency-groups"][group] if isinstance(one, str)
+]
+
+
+def test_the_server_is_loaded_by_this_probe(loaded: set[str]) -> None:
+    assert {"sidecar", "trio", "ssl", "httptools", "h2", "cryptography", "yaml", "prometheus_client"} <= loaded
+
+
+def test_run_imports_nothing_of_the_management_group(loaded: set[str]) -> None:
+    brought = top_levels(with_what_they_bring(PYPROJECT["dependency-groups"]["management"]) - NEEDED)
+    assert {"opa_client", "aiohttp", "requests", "urllib3", "aiofiles"} <= brought
+    assert loaded & brought == set()
+
+
+def test_run_imports_no_development_tool(loaded: set[str]) -> None:
+    brought = top_levels(with_what_they_bring(NAMED_BY_GROUPS) - NEEDED)
+    assert {"pytest", "hypothesis", "mypy"} <= brought
+    assert loaded & brought == set()
+
+
+def test_run_imports_neither_httpx_nor_what_it_brings(loaded: set[str]) -> None:
+    brought = top_levels(with_what_they_bring(one for one in RUNTIME if Requirement(one).name in NOT_IN_RUN) - NEEDED)
+    assert {"httpx", "httpcore", "h11", "anyio"} <= brought
+    assert loaded & brought == set()
+
+
+def test_run_brings_no_second_event_loop(loaded: set[str]) -> None:
+    assert "asyncio" not in loaded

@@ -1,0 +1,1101 @@
+"""The server's side of HTTP/2, in conversation with a peer that speaks it frame by frame."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import hpack
+import pytest
+import trio
+from h2.errors import ErrorCodes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.h2_frames import (
+    GET,
+    POST,
+    PREFACE,
+    ContinuationFrame,
+    DataFrame,
+    GoAwayFrame,
+    HeadersFrame,
+    Peer,
+    PingFrame,
+    RstStreamFrame,
+    SettingsFrame,
+    WindowUpdateFrame,
+    stream_pair,
+)
+
+from sidecar.model import (
+    Aborted,
+    Address,
+    Anonymous,
+    ClientGone,
+    Connection,
+    Reply,
+    Request,
+    Response,
+    ResponseHead,
+    Trailers,
+)
+from sidecar.wire import h2_server
+from sidecar.wire.answers import Whole
+from sidecar.wire.h1_server import Limits, Served
+
+SHORT = Limits(idle_timeout=60.0, header_timeout=5.0, linger_timeout=0.5)
+HERE = Address(host="127.0.0.1", port=8443)
+Handler = Callable[[Connection, Request, Reply], Awaitable[None]]
+
+
+class Parts:
+    """A body given item by item; an event is waited for, an exception raised."""
+
+    def __init__(self, *items: object, length: int | None = None, ready: bool = True) -> None:
+        self._items = list(items)
+        self.length = length
+        self._ready = ready
+
+    @property
+    def ready(self) -> bool:
+        return self._ready and not (self._items and isinstance(self._items[0], trio.Event))
+
+    async def receive(self):
+        while self._items and isinstance(self._items[0], trio.Event):
+            await self._items.pop(0).wait()
+        item = self._items.pop(0) if self._items else None
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+
+def ok(body: object = None, status: int = 200, fields: tuple = ()) -> Response:
+    return Response(head=ResponseHead(status=status, fields=list(fields)), body=body or Whole(b"hello"))
+
+
+async def whole(body) -> tuple[bytes, object]:
+    data, trailers = b"", None
+    while (item := await body.receive()) is not None:
+        if isinstance(item, Trailers):
+            trailers = dict(item.fields)
+        else:
+            data += item
+    return data, trailers
+
+
+async def answer(_: Connection, request: Request, reply: Reply) -> None:
+    await whole(request.body)
+    await reply.send(ok())
+
+
+@dataclass
+class Serving:
+    peer: Peer
+    served: Served
+    over: trio.Event
+    error: Exception | None = None
+
+
+@asynccontextmanager
+async def serving(
+    handle: Handler = answer,
+    limits: Limits = SHORT,
+    *,
+    start: bool = True,
+    window: int | None = None,
+    tls: bool = False,
+    fresh: Callable[[], bool] = lambda: True,
+    buffer: bytes = b"",
+) -> AsyncIterator[Serving]:
+    """A server in conversation. `window`: the stream window of the peer."""
+    ours, theirs = stream_pair()
+    connection = Connection(
+        id="c1", peer=Anonymous(reason="plaintext"), remote=HERE, local=HERE, tls=tls, server_name=None,
+        protocol="h2", generation=0,
+    )  # fmt: skip
+    served = Served(connection, handle, limits, fresh, draining=False)
+    talk = Serving(Peer(theirs), served, trio.Event())
+
+    async def run() -> None:
+        try:
+            await h2_server.serve(ours, bytearray(buffer), served)
+        except Exception as error:
+            talk.error = error
+        assert ours.closed
+        talk.over.set()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run)
+        if start:
+            await talk.peer.start(None if window is None else {SettingsFrame.INITIAL_WINDOW_SIZE: window})
+        yield talk
+        theirs.close()
+        await talk.over.wait()
+        assert served.idle is None
+        assert served.on_drain is None
+
+
+# ── requests and answers ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_request_is_handed_over_and_answered(autojump_clock):
+    seen = []
+
+    async def handle(connection, request, reply):
+        seen.append(request)
+        assert request.body.length == 0
+        assert await request.body.receive() is None
+        await reply.send(ok(fields=((b"content-type", b"text/plain"), (b"connection", b"close"))))
+        assert reply.complete
+        assert reply.bytes_sent == 5
+
+    async with serving(handle) as talk:
+        crumbs = [(b"cookie", b"a=1"), (b"cookie", b"b=2"), (b"te", b"trailers"), (b"host", b"backend.internal")]
+        await talk.peer.request(1, [*GET[:3], (b":path", b"/a/../items?q=1"), *crumbs])
+        message = await talk.peer.message(1)
+    head = seen[0].head
+    assert (head.method, str(head.target), head.authority) == ("GET", "/items?q=1", "backend.internal")
+    assert head.protocol == "HTTP/2"
+    assert sorted(head.fields) == [(b"cookie", b"a=1; b=2"), (b"te", b"trailers")]
+    assert message.heads == [[(b":status", b"200"), (b"content-type", b"text/plain"), (b"content-length", b"5")]]
+    assert message.body == b"hello"
+    assert talk.served.exchanges == 1
+    assert talk.served.reason is None
+
+
+async def test_bytes_read_before_are_served_first(autojump_clock):
+    first = PREFACE + SettingsFrame(0).serialize() + Peer().head(1, GET, end=True).serialize()
+    async with serving(start=False, buffer=first) as talk:
+        assert (await talk.peer.message(1)).status == 200
+
+
+async def test_fifty_streams_are_open_at_once_and_end_in_any_order(autojump_clock):
+    gates = {f"/{n}": trio.Event() for n in range(50)}
+    inside = []
+
+    async def handle(_, request, reply):
+        inside.append(request.head.target.path)
+        await gates[request.head.target.path].wait()
+        await reply.send(ok(Whole(request.head.target.path.encode())))
+
+    async with serving(handle) as talk:
+        for n in range(50):
+            await talk.peer.request(2 * n + 1, [*GET[:3], (b":path", b"/%d" % n)])
+        await talk.peer.settle()
+        assert len(inside) == 50
+        for n in reversed(range(50)):
+            gates[f"/{n}"].set()
+            assert (await talk.peer.message(2 * n + 1)).body == b"/%d" % n
+    assert talk.served.exchanges == 50
+
+
+async def test_bodies_and_trailers_pass_in_both_directions(autojump_clock):
+    async def handle(_, request, reply):
+        assert request.body.length is None
+        data, trailers = await whole(request.body)
+        assert trailers == {b"checksum": b"abc"}
+        await reply.send(ok(Parts(data[::-1], Trailers([(b"grpc-status", b"0"), (b"connection", b"x")]))))
+
+    async with serving(handle) as talk:
+        await talk.peer.request(1, POST, end=False)
+        await talk.peer.data(1, b"abc")
+        await talk.peer.data(1, b"def")
+        await talk.peer.send(talk.peer.head(1, [(b"checksum", b"abc")], end=True))
+        message = await talk.peer.message(1)
+        assert message.body == b"fedcba"
+        assert message.heads[1] == [(b"grpc-status", b"0")]
+        assert message.ended
+        assert message.reset is None
+
+
+async def test_interim_answers_come_before_the_final_one(autojump_clock):
+    async def handle(_, request, reply):
+        assert request.head.expects_continue
+        await reply.interim(ResponseHead(status=100))
+        await reply.interim(ResponseHead(status=103, fields=[(b"link", b"</a>")]))
+        await whole(request.body)
+        await reply.send(ok())
+        await reply.interim(ResponseHead(status=103))
+
+    async with serving(handle) as talk:
+        await talk.peer.request(1, [*POST, (b"expect", b"100-continue")], end=False)
+        assert (await talk.peer.next(HeadersFrame)).stream_id == 1
+        await talk.peer.data(1, b"x", end=True)
+        message = await talk.peer.message(1)
+        assert [dict(head)[b":status"] for head in message.heads] == [b"100", b"103", b"200"]
+
+
+@pytest.mark.parametrize(
+    ("method", "status", "stated", "sent"),
+    [(b"HEAD", 200, b"500", b"500"), (b"GET", 304, b"500", b"500"), (b"GET", 204, b"0", None)],
+)
+async def test_answer_without_body_ends_with_its_head(autojump_clock, method, status, stated, sent):
+    async def handle(_, request, reply):
+        await reply.send(ok(Parts(RuntimeError("not to be read")), status, ((b"content-length", stated),)))
+
+    async with serving(handle) as talk:
+        await talk.peer.request(1, [(b":method", method), *GET[1:]])
+        message = await talk.peer.message(1)
+        assert message.fields.get(b"content-length") == sent
+        assert message.ended
+        assert not [frame for frame in talk.peer.frames if isinstance(frame, DataFrame)]
+
+
+async def test_empty_answer_ends_with_its_head_and_a_short_one_with_its_data(autojump_clock):
+    async def handle(_, request, reply):
+        await reply.send(ok(Whole(b"") if request.head.target.path == "/empty" else Parts(b"ab", b"cd")))
+
+    async with serving(handle) as talk:
+        await talk.peer.request(1, [*GET[:3], (b":path", b"/empty")])
+        await talk.peer.message(1)
+        await talk.peer.request(3)
+        await talk.peer.message(3)
+        frames = [frame for frame in talk.peer.frames if frame.stream_id in (1, 3)]
+        assert [(type(frame).__name__, "END_STREAM" in frame.flags) for frame in frames] == [
+            ("HeadersFrame", True), ("HeadersFrame", False), ("DataFrame", False), ("DataFrame", True),
+        ]  # fmt: skip
+
+
+async def test_head_leaves_before_a_body_that_is_not_there_yet(autojump_clock):
+    more = trio.Event()
+
+    async def handle(_, request, reply):
+        await reply.send(ok(Parts(more, b"late")))
+
+    async with serving(handle) as talk:
+        await talk.peer.request(1)
+        assert isinstance(await talk.peer.next(HeadersFrame), HeadersFrame)
+        more.set()
+        assert (await talk.peer.message(1)).body == b"late"
+
+
+# ── windows ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_sender_is_given_no_window_until_the_handler_reads(autojump_clock):
+    read = trio.Event()
+
+    async def handle(_, request, reply):
+        await read.wait()
+        data, _ = await whole(request.body)
+        await reply.send(ok(Whole(b"%d" % len(data))))
+
+    async with serving(handle) as talk:
+        await talk.peer.request(1, POST, end=False)
+        for size in (16384, 16384, 16384, 16383):
+            await talk.peer.data(1, bytes(size))
+        await talk.peer.settle()
+        assert talk.peer.window_given(1) == 0
+        read.set()
+        await talk.peer.settle()
+        assert talk.peer.window_given(1) == 65535
+        await talk.peer.data(1, b"end", end=True)
+        assert (await talk.peer.message(1)).body == b"65538"
+
+
+async def test_sending_past_the_window_is_an_error(autojump_clock):
+    async def handle(_, request, reply):
+        await trio.sleep_forever()
+
+    async with serving(handle) as talk:
+        await talk.peer.request(1, POST, end=False)
+        for _ in range(5):
+            await talk.peer.data(1, bytes(16384))
+        assert (await talk.peer.goaway()).error_code == ErrorCodes.FLOW_CONTROL_ERROR
+
+
+async def test_upload_that_nobody_reads_does_not_hold_up_another(autojump_clock):
+    async def handle(_, request, reply):
+        if request.head.target.path == "/stuck":
+            await trio.sleep_forever()
+        data, _ = await whole(request.body)
+        await reply.send(ok(Whole(b"%d" % len(data))))
+
+    async with serving(handle) as talk:
+        await talk.peer.request(1, [*POST[:3], (b":path", b"/stuck")], end=False)
+        for size in (16384, 16384, 16384, 16383):
+            await talk.peer.data(1, bytes(size))
+        await talk.peer.request(3, POST, end=False)
+        for _ in range(128):  # 2 MiB, twice the connection's window
+            while 65535 + talk.peer.window_given(3) < talk.peer.sent(3) + 16384:
+                await talk.peer.next(WindowUpdateFrame)
+            await talk.peer.data(3, bytes(16384))
+        await talk.peer.data(3, end=True)
+        assert (await talk.peer.message(3)).body == b"2097152"
+
+
+async def test_window_comes_back_for_bodies_that_nobody_wanted(autojump_clock):
+    async def handle(_, request, reply):
+        await reply.send(ok(status=403))
+
+    async with serving(handle) as talk:
+        for n in range(100):
+            await talk.peer.request(2 * n + 1, POST, end=False)
+            await talk.peer.message(2 * n + 1)
+            await talk.peer.data(2 * n + 1, bytes(16384))  # it crosses the reset
+        await talk.peer.settle()
+        # No more than half of a window is ever kept back to be given in one step.
+        assert 100 * 16384 - talk.peer.window_given(0) + (1024 * 1024 - 65535) <= 512 * 1024
+        assert not [frame for frame in talk.peer.frames if isinstance(frame, GoAwayFrame)]
+
+
+async def test_padding_is_given_back_at_once(autojump_clock):
+    async def handle(_, request, reply):
+        await reply.send(ok(Whole(b"%d" % len((await whole(request.body))[0]))))
+
+    async with serving(handle) as talk:
+        await talk.peer.request(1, POST, end=False)
+        for _ in range(300):
+            await talk.peer.send(DataFrame(1, data=b"x", pad_length=255, flags=["PADDED"]))
+        await talk.peer.data(1, end=True)
+        assert (await talk.peer.message(1)).body == b"300"
+        assert talk.peer.window_given(1) >= 300 * 256 - 65535
+
+
+async def test_small_frames_are_kept_together(autojump_clock):
+    read = trio.Event()
+    items = []
+
+    async def handle(_, request, reply):
+        await read.wait()
+        while (item := await request.body.receive()) is not None:
+            items.append(item)
+        await reply.send(ok())
+
+    async with serving(handle) as talk:
+        await talk.peer.request(1, POST, end=False)
+        await talk.peer.send(*[DataFrame(1, data=b"x") for _ in range(5000)])
+        await talk.peer.data(1, end=True)
+        await talk.peer.settle()
+        read.set()
+        await talk.peer.message(1)
+    assert items == [b"x" * 5000]
+
+
+async def test_answer_waits_for_the_windows_and_keeps_to_the_frame_size(autojump_clock):
+    async def handle(_, request, reply):
+        await reply.send(ok(Whole(bytes(100_000))))
+
+    async with serving(handle, window=10) as talk:
+        await talk.peer.request(1)
+        await talk.peer.settle()
+        assert len(talk.peer.messages[1].body) == 10
+        await talk.peer.send(WindowUpdateFrame(1, window_increment=200_000))
+        await talk.peer.settle()
+        assert len(talk.peer.messages[1].body) == 65535, "the connection's window is the smaller now"
+        await talk.peer.send(WindowUpdateFrame(0, window_increment=200_000))
+        assert len((await talk.peer.message(1)).body) == 100_000
+        assert max(len(f.data) for f in talk.peer.frames if isinstance(f, DataFrame)) <= 16384
+
+
+async def test_larger_settings_open_the_windows_of_open_streams(autojump_clock):
+    async def handle(_, request, reply):
+        await reply.send(ok(Whole(bytes(1000))))
+
+    async with serving(handle, window=10) as talk:
+        await talk.peer.request(1)
+        await talk.peer.settle()
+        await talk.peer.send(SettingsFrame(0, settings={SettingsFrame.INITIAL_WINDOW_SIZE: 5000}))
+        assert len((await talk.peer.message(1)).body) == 1000
+
+
+async def test_client_that_takes_one_answer_slowly_gets_the_others(autojump_clock):
+    async def handle(_, request, reply):
+        await reply.send(ok(Whole(bytes(20_000) if request.head.target.path == "/large" else b"small")))
+
+    async with serving(handle, window=100) as talk:
+        await talk.peer.request(1, [*GET[:3], (b":path", b"/large")])
+        for stream_id in range(3, 103, 2):
+            await talk.peer.request(stream_id)
+            assert (await talk.peer.message(stream_id)).body == b"small"
+        assert len(talk.peer.messages[1].body) == 100
+
+
+async def test_streams_share_the_connections_window(autojump_clock):
+    async def handle(_, request, reply):
+        await reply.send(ok(Whole(bytes(60_000))))
+
+    async with serving(handle) as talk:
+        for stream_id in (1, 3, 5):
+            await talk.peer.request(stream_id)
+        await talk.peer.settle()
+        for _ in range(6):
+            await talk.peer.send(WindowUpdateFrame(0, window_increment=16384))
+        await talk.peer.settle()
+        for stream_id in (1, 3, 5):
+            assert len(talk.peer.messages[stream_id].body) >= 30_000
+
+
+# ── ends before time ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("where", ["reading", "waiting", "sending"])
+async def test_reset_by_the_client_ends_the_handler_at_once(autojump_clock, where):
+    ended = trio.Event()
+    raised = []
+
+    async def handle(_, request, reply):
+        try:
+            if where == "reading":
+                await whole(request.body)
+            elif where == "waiting":
+                await trio.sleep_forever()
+            else:
+                await reply.send(ok(Whole(bytes(1000))))
+        except (Aborted, trio.Cancelled) as error:
+            raised.append(type(error))
+            raise
+        finally:
+            ended.set()
+
+    async with serving(handle, window=10) as talk:
+        await talk.peer.request(1, POST, end=False)
+        await talk.peer.settle()
+        await talk.peer.send(RstStreamFrame(1, error_code=ErrorCodes.CANCEL))
+        with trio.fail_after(0.001):
+            await ended.wait()
+        await talk.peer.request(3)
+        await talk.peer.settle()
+        assert 3 in talk.peer.messages, "the connection lives on"
+    assert raised[0] is {"reading": Aborted, "waiting": trio.Cancelled, "sending": ClientGone}[where]
+
+
+async def test_connection_that_is_lost_aborts_every_stream(autojump_clock):
+    raised = []
+
+    async def handle(_, request, reply):
+        try:
+            await whole(request.body)
+        except Aborted as error:
+            raised.append(error)
+
+    async with serving(handle) as talk:
+        for stream_id in (1, 3, 5):
+            await talk.peer.request(stream_id, POST, end=False)
+            await talk.peer.data(stream_id, b"begun")
+        await talk.peer.settle()
+        talk.peer.stream.abort()
+        await talk.over.wait()
+    assert len(raised) == 3
+    assert talk.served.reason == "exchange_aborted"
+    assert talk.error is None
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        Parts(b"abc", Aborted("broke off")),
+        Parts(b"abc", Aborted("broke off"), ready=False),
+        Parts(b"abc", length=5),
+        Parts(b"abc", length=5, ready=False),
+        Parts(b"abc", Trailers([(b"a", b"b")]), length=5),
+        Parts(b"abcdef", length=5),
+        Parts(length=5),
+        Parts(length=5, ready=False),
+    ],
+)
+async def test_answer_that_breaks_off_never_looks_whole(autojump_clock, body):
+    raised = []
+
+    async def handle(_, request, reply):
+        try:
+            await reply.send(ok(body))
+        except Aborted as error:
+            raised.append(error)
+            assert reply.started
+            assert not reply.complete
+
+    async with serving(handle) as talk:
+        await talk.peer.request(1)
+        message = await talk.peer.message(1)
+        assert message.reset == ErrorCodes.INTERNAL_ERROR
+        assert not message.ended
+    assert len(raised) == 1
+
+
+async def test_handler_that_does_not_answer_resets_its_stream_only(autojump_clock):
+    async def handle(_, request, reply):
+        if request.head.method == "GET":
+            await reply.send(ok())
+
+    async with serving(handle) as talk:
+        await talk.peer.request(1, POST)
+        assert (await talk.peer.message(1)).reset == ErrorCodes.INTERNAL_ERROR
+        await talk.peer.request(3)
+        assert (await talk.peer.message(3)).status == 200
+
+
+async def test_answer_before_the_request_has_ended_stops_the_sender(autojump_clock):
+    async def handle(_, request, reply):
+        await reply.send(ok(status=413))
+
+    async with serving(handle) as talk:
+        await talk.peer.request(1, POST, end=False)
+        message = await talk.peer.message(1)
+        assert message.status == 413
+        await talk.peer.next(RstStreamFrame)
+        assert message.ended
+        assert message.reset == ErrorCodes.NO_ERROR
+        await talk.peer.data(1, b"on its way")
+        await talk.peer.send(PingFrame(0, opaque_data=b"12345678"))
+        await talk.peer.next(PingFrame)
+        assert len(talk.peer.resets()) == 1
+
+
+async def test_defect_resets_its_stream_lets_others_finish_and_is_told(autojump_clock):
+    finish = trio.Event()
+
+    async def handle(_, request, reply):
+        if request.head.method == "POST":
+            raise RuntimeError("a defect")
+        await finish.wait()
+        await reply.send(ok())
+
+    async with serving(handle) as talk:
+        await talk.peer.request(1)
+        await talk.peer.request(3, POST)
+        assert (await talk.peer.message(3)).reset == ErrorCodes.INTERNAL_ERROR
+        await talk.peer.goaway()
+        finish.set()
+        assert (await talk.peer.message(1)).status == 200
+        await talk.peer.rest()
+    assert isinstance(talk.error, RuntimeError)
+
+
+async def test_second_final_answer_is_refused(autojump_clock):
+    async def handle(_, request, reply):
+        await reply.send(ok())
+        with pytest.raises(Exception, match="second final answer"):
+            await reply.send(ok())
+
+    async with serving(handle) as talk:
+        await talk.peer.request(1)
+        assert (await talk.peer.message(1)).body == b"hello"
+
+
+# ── what is not a request ─────────────────────────────────────────────────────────────────────────────────────────
+
+MALFORMED = {
+    "no method": GET[1:],
+    "no scheme": [GET[0], *GET[2:]],
+    "no path": GET[:3],
+    "no authority": [*GET[:2], GET[3]],
+    "empty path": [*GET[:3], (b":path", b"")],
+    "method twice": [GET[0], *GET],
+    "unknown pseudo-field": [*GET, (b":colour", b"red")],
+    "status in a request": [*GET, (b":status", b"200")],
+    "interim status in a request": [(b":status", b"100"), *GET],
+    "pseudo-field behind a field": [*GET[:3], (b"a", b"b"), GET[3]],
+    "authority and host differ": [*GET, (b"host", b"other.internal")],
+    "two hosts": [*GET, (b"host", b"backend.internal"), (b"host", b"backend.internal")],
+    "upper case": [*GET, (b"X-Name", b"a")],
+    "empty name": [*GET, (b"", b"a")],
+    "line break in a value": [*GET, (b"a", b"b\r\nc: d")],
+    "NUL in a value": [*GET, (b"a", b"b\0c")],
+    "space before a value": [*GET, (b"a", b" b")],
+    "space in a name": [*GET, (b"a b", b"c")],
+    "connection": [*GET, (b"connection", b"close")],
+    "transfer-encoding": [*GET, (b"transfer-encoding", b"chunked")],
+    "upgrade": [*GET, (b"upgrade", b"websocket")],
+    "te": [*GET, (b"te", b"gzip")],
+    "protocol without CONNECT": [*GET, (b":protocol", b"websocket")],
+    "length is no number": [*GET, (b"content-length", b"five")],
+    "two lengths": [*GET, (b"content-length", b"5"), (b"content-length", b"6")],
+}
+
+
+@pytest.mark.parametrize("fields", MALFORMED.values(), ids=MALFORMED)
+async def test_malformed_request_is_reset_and_harms_no_other(autojump_clock, fields):
+    async def handle(_, request, reply):
+        await trio.sleep(1)
+        await reply.send(ok())
+
+    async with serving(handle) as talk:
+        await talk.peer.request(1)
+        await talk.peer.request(3, fields)
+        await talk.peer.request(5)
+        assert (await talk.peer.message(3)).reset == ErrorCodes.PROTOCOL_ERROR
+        assert (await talk.peer.message(1)).status == 200
+        assert (await talk.peer.message(5)).status == 200
+    assert talk.served.exchanges == 2
+
+
+REFUSED = {
+    "scheme": (400, [GET[0], (b":scheme", b"https"), *GET[2:]]),
+    "authority": (400, [*GET[:2], (b":authority", b"user@backend.internal"), GET[3]]),
+    "absolute path": (400, [*GET[:3], (b":path", b"http://backend.internal/")]),
+    "path": (400, [*GET[:3], (b":path", b"/a%2fb")]),
+    "asterisk": (400, [*GET[:3], (b":path", b"*")]),
+    "method": (400, [(b":method", b"GET /admin"), *GET[1:]]),
+    "lower-case method": (400, [(b":method", b"get"), *GET[1:]]),
+    "control in a value": (400, [*GET, (b"a", b"b\x01c")]),
+    "control in a pseudo-field": (400, [*GET[:3], (b":path", b"/\x7f")]),
+    "name is no token": (400, [*GET, (b"a(b)", b"c")]),
+    "length of a request without body": (400, [*GET, (b"content-length", b"5")]),
+    "equal lengths": (400, [*POST, (b"content-length", b"0"), (b"content-length", b"0")]),
+    "expectation": (417, [*GET, (b"expect", b"a cake")]),
+    "too many fields": (431, [*GET, *((b"n%d" % n, b"") for n in range(100))]),
+    "too large": (431, [*GET, (b"a", b"b" * 61_000)]),
+    "connect": (501, [(b":method", b"CONNECT"), (b":authority", b"example.org:443")]),
+    "extended connect": (501, [(b":method", b"CONNECT"), (b":protocol", b"websocket"), *GET[1:]]),
+}
+
+
+@pytest.mark.parametrize(("status", "fields"), REFUSED.values(), ids=REFUSED)
+async def test_request_without_a_single_meaning_is_answered_on_its_stream(autojump_clock, status, fields):
+    async with serving() as talk:
+        block = talk.peer.encoder.encode(fields)
+        blocks = [block[at : at + 16384] for at in range(0, len(block), 16384)]
+        frames = [HeadersFrame(1, data=blocks[0], flags=["END_STREAM"])]
+        frames += [ContinuationFrame(1, data=more) for more in blocks[1:]]
+        frames[-1].flags.add("END_HEADERS")
+        await talk.peer.send(*frames)
+        message = await talk.peer.message(1)
+        assert message.status == status
+        assert message.fields[b"content-type"] == b"application/problem+json"
+        await talk.peer.request(3)
+        assert (await talk.peer.message(3)).status == 200
+    assert talk.served.exchanges == 1
+
+
+async def test_asterisk_is_the_target_of_options(autojump_clock):
+    targets = []
+
+    async def handle(_, request, reply):
+        targets.append(str(request.head.target))
+        await reply.send(ok())
+
+    async with serving(handle, tls=True) as talk:
+        https = (b":scheme", b"https")
+        await talk.peer.request(1, [(b":method", b"OPTIONS"), https, GET[2], (b":path", b"*")])
+        await talk.peer.message(1)
+        await talk.peer.request(3, [GET[0], https, (b"host", b"backend.internal"), GET[3]])
+        await talk.peer.message(3)
+    assert targets == ["*", "/items"]
+
+
+async def test_refusal_to_a_grpc_client_is_trailers_only(autojump_clock):
+    async with serving() as talk:
+        await talk.peer.request(1, [*POST[:3], (b":path", b"/%"), (b"content-type", b"application/grpc")], end=False)
+        message = await talk.peer.message(1)
+        assert message.fields[b"grpc-status"] == b"3"
+        assert message.ended
+
+
+@pytest.mark.parametrize(
+    ("stated", "sent", "trailers"), [(b"5", b"abc", False), (b"5", b"abcdef", False), (b"5", b"abc", True)]
+)
+async def test_body_of_another_length_than_stated_is_reset_and_aborted(autojump_clock, stated, sent, trailers):
+    raised = []
+
+    async def handle(_, request, reply):
+        try:
+            assert request.body.length == 5
+            await whole(request.body)
+        except Aborted as error:
+            raised.append(error)
+
+    async with serving(handle) as talk:
+        await talk.peer.request(1, [*POST, (b"content-length", stated)], end=False)
+        await talk.peer.data(1, sent, end=not trailers)
+        if trailers:
+            await talk.peer.send(talk.peer.head(1, [(b"a", b"b")], end=True))
+        assert (await talk.peer.message(1)).reset == ErrorCodes.PROTOCOL_ERROR
+        await talk.peer.settle()
+        assert len(raised) == 1
+        await talk.peer.request(3, POST)
+        await talk.peer.settle()
+        assert not [frame for frame in talk.peer.frames if isinstance(frame, GoAwayFrame)]
+
+
+@pytest.mark.parametrize(
+    "fields", [[(b":path", b"/")], [(b"a", b"\0")], [(b"a", b"\x01")], [(b"n%d" % n, b"") for n in range(101)]]
+)
+async def test_malformed_trailers_abort_the_body(autojump_clock, fields):
+    raised = []
+
+    async def handle(_, request, reply):
+        try:
+            await whole(request.body)
+        except Aborted as error:
+            raised.append(error)
+
+    async with serving(handle) as talk:
+        await talk.peer.request(1, POST, end=False)
+        await talk.peer.send(talk.peer.head(1, fields, end=True))
+        assert (await talk.peer.message(1)).reset == ErrorCodes.PROTOCOL_ERROR
+    assert len(raised) == 1
+
+
+# ── the life of a connection ──────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_peer_that_lost_our_trust_is_sent_elsewhere(autojump_clock):
+    trusted = [True, False]
+    async with serving(fresh=lambda: trusted.pop(0)) as talk:
+        await talk.peer.request(1)
+        assert (await talk.peer.message(1)).status == 200
+        await talk.peer.request(3)
+        assert (await talk.peer.message(3)).status == 421
+        assert (await talk.peer.goaway()).last_stream_id == 3
+        await talk.peer.rest()
+    assert talk.served.reason == "peer_no_longer_trusted"
+    assert talk.served.exchanges == 1
+
+
+async def test_drain_of_an_idle_connection_says_goodbye_and_closes(autojump_clock):
+    async with serving() as talk:
+        await talk.peer.request(1)
+        await talk.peer.message(1)
+        talk.served.drain()
+        assert (await talk.peer.goaway()).last_stream_id == 1
+        await talk.peer.rest()
+    assert talk.served.reason == "draining"
+
+
+async def test_drain_finishes_what_is_open_and_refuses_what_is_new(autojump_clock):
+    finish = trio.Event()
+
+    async def handle(_, request, reply):
+        await finish.wait()
+        await reply.send(ok(Whole((await whole(request.body))[0])))
+
+    async with serving(handle) as talk:
+        await talk.peer.request(1, POST, end=False)
+        await talk.peer.settle()
+        assert talk.served.idle is None
+        talk.served.drain()
+        goaway = await talk.peer.goaway()
+        assert (goaway.last_stream_id, goaway.error_code) == (1, ErrorCodes.NO_ERROR)
+        await talk.peer.request(3)
+        assert (await talk.peer.message(3)).reset == ErrorCodes.REFUSED_STREAM
+        await talk.peer.data(1, b"the rest", end=True)
+        finish.set()
+        assert (await talk.peer.message(1)).body == b"the rest"
+        await talk.peer.rest()
+    assert talk.served.reason == "draining"
+    assert talk.served.exchanges == 1
+
+
+async def test_drain_that_came_first_leaves_nothing_to_be_served(autojump_clock):
+    ours, theirs = stream_pair()
+    connection = Connection(
+        id="c1", peer=Anonymous(reason="plaintext"), remote=HERE, local=HERE, tls=False, server_name=None,
+        protocol="h2", generation=0,
+    )  # fmt: skip
+    served = Served(connection, answer, SHORT, lambda: True, draining=True)
+    peer = Peer(theirs)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(h2_server.serve, ours, bytearray(), served)
+        assert (await peer.goaway()).last_stream_id == 0
+        await peer.rest()
+        theirs.close()
+    assert served.reason == "draining"
+
+
+async def test_client_that_says_goodbye_gets_its_answers(autojump_clock):
+    finish = trio.Event()
+
+    async def handle(_, request, reply):
+        await finish.wait()
+        await reply.send(ok(Whole(bytes(1000))))
+
+    async with serving(handle, window=10) as talk:
+        await talk.peer.request(1)
+        await talk.peer.send(GoAwayFrame(0, last_stream_id=0))
+        await talk.peer.settle()
+        finish.set()
+        await talk.peer.send(WindowUpdateFrame(1, window_increment=2000))
+        assert len((await talk.peer.message(1)).body) == 1000
+        await talk.peer.rest()
+    assert talk.served.reason is None
+
+
+async def test_silence_between_requests_ends_the_connection(autojump_clock):
+    async def handle(_, request, reply):
+        await trio.sleep(1000)
+        await reply.send(ok())
+
+    async with serving(handle) as talk:
+        await talk.peer.request(1)
+        assert (await talk.peer.message(1)).status == 200, "an open stream is not silence"
+        began = trio.current_time()
+        await talk.peer.goaway()
+        assert trio.current_time() - began == pytest.approx(60.0)
+        await talk.peer.rest()
+    assert talk.served.reason == "idle_timeout"
+
+
+async def test_pings_do_not_keep_an_idle_connection(autojump_clock):
+    async with serving() as talk:
+
+        async def ping() -> None:
+            while True:
+                try:
+                    await talk.peer.send(PingFrame(0, opaque_data=b"12345678"))
+                except trio.BrokenResourceError:
+                    return
+                await trio.sleep(10)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ping)
+            await talk.peer.goaway()
+            assert trio.current_time() == pytest.approx(60.0, abs=1)
+            nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("begun", [b"", PREFACE[:10], PREFACE, PREFACE + SettingsFrame(0).serialize() + b"\0\0\x20\1"])
+async def test_slow_beginning_ends_the_connection(autojump_clock, begun):
+    async with serving(start=False) as talk:
+        await talk.peer.raw(begun)
+        began = trio.current_time()
+        await talk.peer.goaway()
+        assert trio.current_time() - began == pytest.approx(5.0)
+    assert talk.served.reason == "head_timeout"
+
+
+async def test_header_block_that_drips_is_not_waited_for(autojump_clock):
+    async with serving() as talk:
+        await talk.peer.request(1)
+        await talk.peer.message(1)
+        block = talk.peer.encoder.encode(GET)
+        began = trio.current_time()
+        for at in range(len(block)):
+            frame = HeadersFrame(3, data=block[at : at + 1]) if not at else ContinuationFrame(3, data=block[at : at + 1])
+            await talk.peer.send(frame)
+            await trio.sleep(1)
+            if trio.current_time() - began > 8:
+                break
+        await talk.peer.goaway()
+        assert trio.current_time() - began < 10
+    assert talk.served.reason == "head_timeout"
+
+
+async def test_no_preface_is_no_connection(autojump_clock):
+    async with serving(start=False) as talk:
+        await talk.peer.raw(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n")
+        assert (await talk.peer.goaway()).error_code == ErrorCodes.PROTOCOL_ERROR
+    assert talk.served.reason == "h2_protocol_error"
+
+
+async def test_first_frame_must_be_settings(autojump_clock):
+    async with serving(start=False) as talk:
+        await talk.peer.raw(PREFACE + PingFrame(0).serialize())
+        assert (await talk.peer.goaway()).error_code == ErrorCodes.PROTOCOL_ERROR
+
+
+async def test_client_that_leaves_at_once_is_named(autojump_clock):
+    async with serving(start=False) as talk:
+        talk.peer.stream.close()
+        await talk.over.wait()
+    assert talk.served.reason == "head_incomplete"
+
+
+# ── floods ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_rapid_resets_are_a_flood(autojump_clock):
+    async def handle(_, request, reply):
+        await trio.sleep_forever()
+
+    async with serving(handle) as talk:
+        try:
+            for n in range(300):
+                head = talk.peer.head(2 * n + 1, GET, end=True)
+                await talk.peer.send(head, RstStreamFrame(2 * n + 1, error_code=ErrorCodes.CANCEL))
+        except trio.BrokenResourceError:
+            pass
+        assert (await talk.peer.goaway()).error_code == ErrorCodes.ENHANCE_YOUR_CALM
+    assert talk.served.reason == "h2_enhance_your_calm"
+    assert talk.served.exchanges <= 201
+
+
+async def test_resets_that_we_are_made_to_send_are_a_flood_too(autojump_clock):
+    async def handle(_, request, reply):
+        await trio.sleep_forever()
+
+    async with serving(handle) as talk:
+        try:
+            for n in range(300):
+                head = talk.peer.head(2 * n + 1, GET, end=True)
+                await talk.peer.send(head, WindowUpdateFrame(2 * n + 1, window_increment=2**31 - 1))
+        except trio.BrokenResourceError:
+            pass
+        assert (await talk.peer.goaway()).error_code == ErrorCodes.ENHANCE_YOUR_CALM
+
+
+async def test_client_that_changes_its_mind_now_and_then_is_no_flood(autojump_clock):
+    async def handle(_, request, reply):
+        if request.head.method == "POST":
+            await trio.sleep_forever()
+        await reply.send(ok())
+
+    async with serving(handle) as talk:
+        for n in range(0, 1200, 2):
+            await talk.peer.request(2 * n + 1, POST)
+            await talk.peer.send(RstStreamFrame(2 * n + 1, error_code=ErrorCodes.CANCEL))
+            await talk.peer.request(2 * n + 3)
+            assert (await talk.peer.message(2 * n + 3)).status == 200
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [PingFrame(0, opaque_data=b"12345678"), SettingsFrame(0), SettingsFrame(0, flags=["ACK"]), DataFrame(1, data=b"")],
+    ids=["ping", "settings", "ack", "empty data"],
+)
+async def test_frames_that_serve_no_request_are_a_flood(autojump_clock, frame):
+    async def handle(_, request, reply):
+        await trio.sleep_forever()
+
+    async with serving(handle) as talk:
+        await talk.peer.request(1, POST, end=False)
+        many = frame.serialize() * 100
+        try:
+            for _ in range(20):
+                await talk.peer.raw(many)
+                await talk.peer.settle()
+        except trio.BrokenResourceError:
+            pass
+        assert (await talk.peer.goaway()).error_code == ErrorCodes.ENHANCE_YOUR_CALM
+
+
+async def test_client_that_never_reads_is_dropped(autojump_clock):
+    async def handle(_, request, reply):
+        await trio.sleep_forever()
+
+    async with serving(handle) as talk:
+        # Data on a stream that is closed, each answered with a reset that nobody reads.
+        await talk.peer.request(1, [*GET, (b"a", b"\0")])
+        with trio.move_on_after(60), pytest.raises(trio.BrokenResourceError):
+            while True:
+                await talk.peer.send(*[DataFrame(1, data=b"x", flags=["END_STREAM"])] * 100, PingFrame(0))
+        with trio.fail_after(60):
+            await talk.over.wait()
+
+
+async def test_streams_beyond_the_limit_are_refused_and_the_others_served(autojump_clock):
+    async def handle(_, request, reply):
+        await trio.sleep(1)
+        await reply.send(ok())
+
+    async with serving(handle, Limits(max_streams=3)) as talk:
+        for stream_id in (1, 3, 5, 7):
+            await talk.peer.request(stream_id, [*GET, (b"x-kept-by-hpack", b"a")])
+        assert (await talk.peer.message(7)).reset == ErrorCodes.REFUSED_STREAM
+        for stream_id in (1, 3, 5):
+            assert (await talk.peer.message(stream_id)).status == 200
+        await talk.peer.request(9)
+        assert (await talk.peer.message(9)).status == 200
+
+
+async def test_tasks_that_will_not_end_are_counted(autojump_clock):
+    async def handle(_, request, reply):
+        with trio.CancelScope(shield=True):
+            await trio.sleep(1)
+
+    async with serving(handle, Limits(max_streams=3)) as talk:
+        for n in range(8):
+            await talk.peer.request(2 * n + 1)
+            if n < 6:
+                await talk.peer.send(RstStreamFrame(2 * n + 1, error_code=ErrorCodes.CANCEL))
+        assert (await talk.peer.message(13)).reset == ErrorCodes.REFUSED_STREAM
+    assert talk.served.exchanges == 6
+
+
+async def test_frame_that_is_announced_too_large_is_not_waited_for(autojump_clock):
+    async with serving() as talk:
+        await talk.peer.raw(b"\xff\xff\xff" + b"\0\0\0\0\0\1")
+        assert (await talk.peer.goaway()).error_code == ErrorCodes.FRAME_SIZE_ERROR
+
+
+async def test_header_block_without_end_is_not_waited_for(autojump_clock):
+    async with serving() as talk:
+        await talk.peer.send(HeadersFrame(1, data=talk.peer.encoder.encode(GET)))
+        try:
+            for _ in range(100):
+                await talk.peer.send(ContinuationFrame(1, data=b""))
+        except trio.BrokenResourceError:
+            pass
+        assert (await talk.peer.goaway()).error_code in (ErrorCodes.PROTOCOL_ERROR, ErrorCodes.ENHANCE_YOUR_CALM)
+
+
+async def test_small_block_that_unfolds_into_a_large_one_ends_the_connection(autojump_clock):
+    async with serving() as talk:
+        encoder = hpack.Encoder()
+        first = encoder.encode([*GET, (b"bomb", b"b" * 4000)])
+        again = b"\xbe" * 100  # the newest entry of the table, a hundred times
+        await talk.peer.send(HeadersFrame(1, data=first + again, flags=["END_HEADERS", "END_STREAM"]))
+        assert (await talk.peer.goaway()).error_code == ErrorCodes.ENHANCE_YOUR_CALM
+
+
+async def test_block_that_cannot_be_decoded_ends_the_connection(autojump_clock):
+    async with serving() as talk:
+        await talk.peer.send(HeadersFrame(1, data=b"\xff\xff\xff", flags=["END_HEADERS", "END_STREAM"]))
+        assert (await talk.peer.goaway()).error_code == ErrorCodes.COMPRESSION_ERROR
+
+
+# ── all of it at once ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def conversation() -> bytes:
+    peer = Peer()
+    frames = [
+        SettingsFrame(0),
+        peer.head(1, [*POST, (b"content-length", b"6")]),
+        DataFrame(1, data=b"abc"),
+        peer.head(3, [*GET, (b"x-twice", b"value")], end=True),
+        DataFrame(1, data=b"def"),
+        peer.head(1, [(b"trailer-field", b"last")], end=True),
+        PingFrame(0, opaque_data=b"12345678"),
+        peer.head(5, [*GET, (b"x-twice", b"value")], end=True),
+    ]
+    return PREFACE + b"".join(frame.serialize() for frame in frames)
+
+
+async def told(chunks: list[bytes]) -> tuple[list, str | None]:
+    """What handlers see of these bytes, and how the connection ended."""
+    seen = []
+
+    async def handle(_, request, reply):
+        try:
+            data, trailers = await whole(request.body)
+            seen.append((str(request.head.target), request.head.method, sorted(request.head.fields), data, trailers))
+            await reply.send(ok())
+        except Aborted:
+            seen.append("aborted")
+
+    async with serving(handle, start=False) as talk:
+        try:
+            for chunk in chunks:
+                await talk.peer.raw(chunk)
+                await trio.lowlevel.checkpoint()
+            await talk.peer.settle()
+        except trio.BrokenResourceError:
+            pass
+    assert talk.error is None
+    return sorted(map(repr, seen)), talk.served.reason
+
+
+def run(chunks: list[bytes]):
+    return trio.run(told, chunks, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+WHOLE = conversation()
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.integers(1, len(WHOLE) - 1), max_size=12))
+def test_every_chunking_of_the_same_bytes_gives_the_same_requests(cuts):
+    edges = [0, *sorted(set(cuts)), len(WHOLE)]
+    chunks = [WHOLE[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    assert run(chunks) == run([WHOLE])
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.integers(0, len(WHOLE) - 1), st.integers(0, 255), st.integers(1, 40))
+def test_no_bytes_bring_more_than_one_connection_down(at, value, length):
+    """Overwritten, cut out or doubled: it ends in an answer or in an orderly end, never in a defect."""
+    run([WHOLE[:at] + bytes([value]) * min(length, 3) + WHOLE[at + 3 :]])
+    run([WHOLE[:at] + WHOLE[at + length :]])
+    run([WHOLE[: at + length] + WHOLE[at:]])
