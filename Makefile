@@ -36,7 +36,7 @@ check: setup ## format, lint, types, floors, policies, tests: all that must be g
 format: $(READY) ## rewrite the code in the house's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-	$$($(BIN)/sidecar opa path) fmt -w $(POLICIES)
+	$$($(BIN)/sidecar opa install) fmt -w $(POLICIES)
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -38,7 +38,7 @@ local function question(handle, caller)
   local path = headers:get(":path"):match("^[^?]*")
   local host, port = headers:get(":authority"):match("^(.-):?(%d*)$")
   local segments = {}
-  for segment in path:gmatch("[^/]+") do
+  for segment in (path == "/" and "" or path:sub(2) .. "/"):gmatch("([^/]*)/") do
     segments[#segments + 1] = quoted((segment:gsub("%%(%x%x)", decoded)))
   end
   return table.concat({

@@ -28,8 +28,8 @@ MODULES = (
     "prometheus_client",
     "cryptography.hazmat.primitives.asymmetric.ec",
     "cryptography.x509",
-    "httpx",
     "sidecar.app",
+    "httpx",
 )
 REPEATS = 3
 

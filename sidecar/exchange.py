@@ -128,7 +128,8 @@ class Pipeline:
         self._live = live
         self._idle_timeout = idle_timeout
         """Seconds without a byte of any message after which an exchange is given up."""
-        self._ids = (f"{os.urandom(4).hex()}-{number}" for number in count(1))
+        prefix = os.urandom(4).hex()
+        self._ids = (f"{prefix}-{number}" for number in count(1))
 
     async def handle(self, connection: Connection, request: Request, reply: Reply) -> None:
         """Carry one request from its head to its record. Nothing but cancellation comes out of it."""

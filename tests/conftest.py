@@ -20,3 +20,25 @@ def opa() -> Path:
             pytest.fail(missing)
         pytest.skip(missing)
     return found
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config) -> None:
+    """Name every skip, and in CI each one that is not on the list."""
+    skipped = {report.nodeid for report in terminalreporter.stats.get("skipped", [])}
+    for nodeid in sorted(skipped - expected_skips(config.rootpath)):
+        terminalreporter.write_line(f"SKIPPED, NOT ON tests/skips.txt: {nodeid}", red=True)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if os.environ.get("CI") == "true" and reporter is not None:
+        skipped = {report.nodeid for report in reporter.stats.get("skipped", [])}
+        if skipped - expected_skips(session.config.rootpath) and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def expected_skips(root: Path) -> set[str]:
+    """The node ids in tests/skips.txt."""
+    lines = (root / "tests" / "skips.txt").read_text().splitlines()
+    return {nodeid for line in lines if (nodeid := line.partition("#")[0].strip())}

@@ -33,7 +33,7 @@ def commands(opa: str) -> list[list[str]]:
     gates = [
         [opa, "fmt", "--list", "--fail", policies],
         [opa, "check", "--strict", "--schema", str(POLICIES / "schemas"), policies],
-        [opa, "test", "--coverage", "--threshold", "100", "--fail-on-empty", "--timeout", "5s", policies],
+        [opa, "test", "--coverage", "--threshold", "100", "--fail-on-empty", "--timeout", "5s", "--bundle", policies],
     ]
     if regal := shutil.which("regal"):
         gates.append([regal, "lint", policies])

@@ -36,6 +36,8 @@ class Side:
     name: str
     directory: Path
     agent: str
+    stock: bool
+    """Whether the agent is the demo's own, and not a server that stands in for it."""
     outbound: str
     inbound: Mapping[str, str]
     """By mode."""
@@ -96,8 +98,9 @@ def _side(work: Path, name: str, *, backend: str | None, modes: tuple[str, ...])
     directory, host = work / name, HOSTS[name]
     directory.mkdir(parents=True)
     return Side(
-        name=name, directory=directory, agent=backend or _free(host, 8000), outbound=_free(host, 8080),
-        inbound={mode: _free(host, 8443 + number) for number, mode in enumerate(modes)}, health=_free(host, 9091),
+        name=name, directory=directory, agent=backend or _free(host, 8000), stock=backend is None,
+        outbound=_free(host, 8080), inbound={mode: _free(host, 8443 + number) for number, mode in enumerate(modes)},
+        health=_free(host, 9091),
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from examples.demo.material import HERE, Material
@@ -68,8 +68,8 @@ class Stage:
         if not sidecar.exists():
             raise Trouble(f"{sidecar} is not there: run `make setup` first")
         for name, side in material.sides.items():
-            host, _, port = side.agent.rpartition(":")
-            if host == material.host(name):
+            if side.stock:
+                host, _, port = side.agent.rpartition(":")
                 self._start(f"agent-{name}", [python, "-I", str(agent), name, host, port], side.directory / "agent.log")
             self._start(
                 f"sidecar-{name}", [str(sidecar), "run", "--config", str(side.config)], side.directory / "sidecar.log"
@@ -78,9 +78,10 @@ class Stage:
             self.wait_ready(f"sidecar-{name}", side.health, side.directory / "sidecar.log")
 
     def release(self) -> None:
-        """Leave the processes to whoever calls `down`."""
+        """Leave the processes to whoever reads the record."""
         del self.started["demo"]
         self._record()
+        self.started = {}
 
     def wait_ready(self, name: str, health: str, log: Path) -> None:
         """Raises `Trouble`, with the end of the log."""
@@ -112,11 +113,14 @@ class Stage:
     # ── stop ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def stop(self) -> list[str]:
-        """End everything, the sidecars first; return what did not end as it should."""
+        """End everything, the sidecars first; return what did not end as it should. Once is enough."""
+        if not self.started:
+            return []
         names = [name for name in self.started if name != "demo"]
         complaints = self._end([name for name in names if name.startswith("sidecar")])
         self._end([name for name in names if name.startswith("agent")])
         self.forget()
+        self.started = {}
         return complaints
 
     def forget(self) -> None:
@@ -126,7 +130,7 @@ class Stage:
 
     def is_alive(self, name: str) -> bool:
         number, started = self.started[name]
-        return _started(number) == started
+        return bool(started) and _started(number) == started
 
     def _end(self, names: Sequence[str]) -> list[str]:
         complaints = [f"{name} had ended before it was told to" for name in names if not self.is_alive(name)]
@@ -155,7 +159,7 @@ class Stage:
 
 @contextmanager
 def claimed(work: Path) -> Iterator[Stage]:
-    """A stage of one's own; when the block is left, however that happens, nothing of it runs any more."""
+    """A stage of one's own; when the block is left, however that happens, nothing of it runs but what was released."""
     stage = Stage(work)
     stage.claim()
     try:
@@ -194,9 +198,9 @@ def opa_of(sidecar: int) -> list[int]:
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
-            stat = _stat(int(entry.name))
-            if stat[1:2] == [str(sidecar)] and (entry / "comm").read_text() == "opa\n":
-                found.append(int(entry.name))
+            with suppress(OSError):
+                if _stat(int(entry.name))[1:2] == [str(sidecar)] and (entry / "comm").read_text() == "opa\n":
+                    found.append(int(entry.name))
     return found
 
 

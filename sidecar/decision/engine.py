@@ -171,8 +171,12 @@ class Engine:
         Where nothing has changed, nothing happens. Raises `OperatorFault` where it is refused: the old one stays.
         """
         async with self._changing:
+            if self._running is None or self._scope.cancel_called:
+                raise OperatorFault("OPA is not running", code="opa_stopped")
             wanted = policy or self._policy
             seen = disk.fingerprint(wanted.source)
+            if wanted.source == self._policy.source:
+                self._seen = seen  # the watch need not find out again
             try:
                 fresh = None if await self._is_running(wanted) else await self._load(wanted)
             except OperatorFault as fault:
@@ -214,7 +218,7 @@ class Engine:
 
         def same() -> bool:
             first = disk.candidates(wanted)[0]
-            return disk.read(first, wanted.max_bundle_bytes) == running.bundle.read_bytes()
+            return disk.read(first, wanted.max_bundle_bytes) == disk.read(running.bundle, wanted.max_bundle_bytes)
 
         return await trio.to_thread.run_sync(same)
 
@@ -234,10 +238,11 @@ class Engine:
 
     async def _launch(self, policy: Policy, source: Path, bundle: Path) -> _Running:
         directory = self._directory / str(next(self._numbers))
-        directory.mkdir(mode=0o700)
         copy = directory / "bundle.tar.gz"
         child: Child | None = None
+        opa: Opa | None = None
         try:
+            directory.mkdir(mode=0o700)
             data = await trio.to_thread.run_sync(disk.read, bundle, policy.max_bundle_bytes)
             await trio.to_thread.run_sync(copy.write_bytes, data)
             del data
@@ -248,10 +253,14 @@ class Engine:
             )  # fmt: skip
             await self._nursery.start(child.run)
             revision = await self._accepted(child, opa)
-        except BaseException:
+        except BaseException as error:
             if child is not None:
                 child.cancel()
+            if opa is not None:
+                opa.close()
             shutil.rmtree(directory, ignore_errors=True)
+            if isinstance(error, OSError):  # no room, no descriptors: it may be better later
+                raise OperatorFault(f"{directory}: {error.strerror}", code="runtime_dir_unusable") from error
             raise
         self._log("opa.started", "info", pid=child.pid, revision=revision, source=str(source))
         return _Running(

@@ -6,10 +6,8 @@ only says in which order the bundles of a directory are tried; whoever forges on
 
 from __future__ import annotations
 
-import gzip
 import io
 import json
-import tarfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -90,7 +88,10 @@ def configuration(policy: Policy, bundle: Path) -> dict[str, object]:
                 "signing": {"scope": policy.scope},
             }
         },
-        "keys": {name: {"algorithm": kind, "key": pem.decode()} for name, (kind, pem) in policy.keys.items()},
+        "keys": {
+            name: {"algorithm": kind, "key": pem.decode("ascii", "replace")}
+            for name, (kind, pem) in policy.keys.items()
+        },
         "status": {"prometheus": True},  # without anything to do for it, /v1/status is not there
     }
 
@@ -98,8 +99,8 @@ def configuration(policy: Policy, bundle: Path) -> dict[str, object]:
 class _Bounded(io.RawIOBase):
     """What a gzip file unpacks to, but no more than `limit` bytes of it."""
 
-    def __init__(self, data: bytes, limit: int) -> None:
-        self._file = gzip.GzipFile(fileobj=io.BytesIO(data))
+    def __init__(self, unpacked: io.BufferedIOBase, limit: int) -> None:
+        self._file = unpacked
         self._left = limit
 
     def read(self, size: int = -1) -> bytes:
@@ -110,8 +111,12 @@ class _Bounded(io.RawIOBase):
 
 def _serial(path: Path, limit: int) -> int:
     """Return the serial that a bundle's manifest claims; -1 where it claims none, or cannot be read."""
+    import gzip  # noqa: PLC0415  most sources are a file, and what is imported is paid for in memory
+    import tarfile  # noqa: PLC0415
+
     try:
-        with tarfile.open(fileobj=_Bounded(read(path, limit), limit), mode="r|") as archive:
+        unpacked = _Bounded(gzip.GzipFile(fileobj=io.BytesIO(read(path, limit))), limit)
+        with tarfile.open(fileobj=unpacked, mode="r|") as archive:
             for member in archive:
                 if member.name in _MANIFEST and member.size <= _MAX_MANIFEST_BYTES:
                     file = archive.extractfile(member)

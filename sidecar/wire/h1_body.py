@@ -15,7 +15,7 @@ _GONE = (trio.BrokenResourceError, trio.ClosedResourceError)
 class Incoming:
     """`model.Body` read from a stream and the buffer in front of it, which keeps what lies behind the body."""
 
-    __slots__ = ("_buffer", "_chunks", "_left", "_stream", "ended", "length")
+    __slots__ = ("_ahead", "_buffer", "_chunks", "_fault", "_left", "_stream", "ended", "length")
 
     def __init__(
         self,
@@ -31,6 +31,9 @@ class Incoming:
         self._left = framing
         self.length: int | None = framing if framing >= 0 else None
         self.ended = framing == 0
+        self._ahead: Data | Trailers | None = None
+        """Of a chunked body: the next item, where that is there already; or what is wrong with it."""
+        self._fault: ClientFault | None = None
         self._chunks = (
             h1.Chunks(max_header_bytes=max_header_bytes, max_header_fields=max_header_fields)
             if framing == h1.CHUNKED
@@ -39,7 +42,9 @@ class Incoming:
 
     @property
     def ready(self) -> bool:
-        return self.ended or bool(self._buffer)
+        if self.ended or self._chunks is None:
+            return self.ended or bool(self._buffer)
+        return self._decoded(self._chunks)
 
     @property
     def left(self) -> int | None:
@@ -74,16 +79,7 @@ class Incoming:
             raise Aborted(str(error)) from error
 
     async def _chunk(self, chunks: h1.Chunks) -> Data | Trailers | None:
-        while True:
-            try:
-                item = chunks.next(self._buffer)
-            except ClientFault as error:
-                raise Aborted(error.detail) from error
-            if chunks.ended:
-                self.ended = True
-                return item
-            if item is not None:
-                return item
+        while not self._decoded(chunks):
             try:
                 more = await self._stream.receive_some(_READ_BYTES)
             except _GONE as error:
@@ -91,6 +87,20 @@ class Incoming:
             if not more:
                 raise Aborted("the body ended in the middle of its chunks")
             self._buffer += more
+        if self._fault is not None:
+            raise Aborted(self._fault.detail) from self._fault
+        item, self._ahead = self._ahead, None
+        self.ended = chunks.ended
+        return item
+
+    def _decoded(self, chunks: h1.Chunks) -> bool:
+        """Whether the next item, the end or a fault is there. That bytes are there says nothing: they may be half a line."""
+        if self._ahead is None and self._fault is None and not chunks.ended:
+            try:
+                self._ahead = chunks.next(self._buffer)
+            except ClientFault as fault:
+                self._fault = fault
+        return self._ahead is not None or self._fault is not None or chunks.ended
 
 
 class Outgoing:

@@ -56,7 +56,7 @@ class H1Connection:
     @property
     def finished(self) -> bool:
         """Whether both messages are whole, or the stream was handed over to a tunnel that has ended."""
-        return self._sent and self.body.ended or self._switched
+        return (self._sent and self.body.ended) or self._switched
 
     def stale(self) -> bool:
         return self.stream.closed or self.stream.readable_now()

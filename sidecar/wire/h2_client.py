@@ -111,10 +111,8 @@ class H2Connection(Link):
                         reason = str(error)
                         self.broken = True
                 self._over(self.error or reason)
-                if not self.protocol.over:
-                    self.protocol.go_away()
                 with trio.move_on_after(_FLUSH_TIMEOUT):
-                    await self.flushed()
+                    await self._say_goodbye()
                 writer.cancel_scope.cancel()
         except Exception as error:  # noqa: BLE001  (the one catch-all of this connection: a defect ends it, and no other)
             reason = f"{type(error).__name__}: {error}"
@@ -123,8 +121,16 @@ class H2Connection(Link):
             self.stream.close()
 
     def _over(self, reason: str) -> None:
+        """What was not written is told as `NotSent`, and so must not be written any more."""
         self.over = True
+        if self.channels:
+            self.protocol.clear_outbound_data_buffer()
         self.lose_all(reason)
+
+    async def _say_goodbye(self) -> None:
+        if self.taken:
+            self.protocol.go_away(self.error_code)
+            await self.flushed()
 
     def stop(self) -> None:
         self._reading.cancel()

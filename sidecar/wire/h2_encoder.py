@@ -87,7 +87,7 @@ class Encoder(hpack.Encoder):
             self._lowest = limit if self._lowest is None else min(limit, self._lowest)
             self._shrink(limit)
 
-    def encode(self, headers: Iterable[Any], huffman: bool = False) -> bytes:  # noqa: ARG002  (hpack's signature)
+    def encode(self, headers: Iterable[Any], huffman: bool = False) -> bytes:
         """Encode (name, value) pairs of bytes into one header block."""
         parts = [] if self._lowest is None else [self._size_updates()]
         for field in headers:

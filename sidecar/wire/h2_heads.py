@@ -112,9 +112,7 @@ def _request_length(lengths: list[bytes], *, ended: bool) -> int | None:
     return length
 
 
-def response_head(
-    fields: Fields, *, max_header_bytes: int, max_header_fields: int
-) -> tuple[ResponseHead, int | None]:
+def response_head(fields: Fields, *, max_header_bytes: int, max_header_fields: int) -> tuple[ResponseHead, int | None]:
     """Read the head of an answer: it and the length that it states. Raises `MaybeSent`."""
     try:
         check(fields, max_header_bytes, max_header_fields)

@@ -119,9 +119,9 @@ class Protocol(H2Connection):
         """Whether an error has ended the connection: nothing but its GOAWAY is left to be sent."""
         return self.state_machine.state is ConnectionState.CLOSED
 
-    def go_away(self) -> None:
+    def go_away(self, code: ErrorCodes = ErrorCodes.NO_ERROR) -> None:
         """Announce that no stream beyond those seen so far will be served. Those go on."""
-        self._prepare_for_sending([GoAwayFrame(0, last_stream_id=self.highest_inbound_stream_id)])
+        self._prepare_for_sending([GoAwayFrame(0, last_stream_id=self.highest_inbound_stream_id, error_code=code)])
 
     def fail(self, code: ErrorCodes) -> None:
         """End the connection for an error, unless one has ended it already."""
@@ -156,6 +156,13 @@ class Protocol(H2Connection):
         if stream is not None and not stream.closed and not self.over:
             self.reset_stream(stream_id, code)
 
+    def _open_streams(self, remainder: int) -> int:
+        """Those that have closed, and are not forgotten yet, are counted off only where the number matters."""
+        known = len(self.streams)
+        if self.config.client_side and known < self.remote_settings.max_concurrent_streams:
+            return known
+        return super()._open_streams(remainder)
+
     def forget(self, stream_id: int) -> None:
         """Keep of a closed stream nothing but how it closed."""
         stream = self.streams.get(stream_id)
@@ -185,21 +192,25 @@ class Protocol(H2Connection):
         try:
             frames, events = self._frame_dispatch_table[type(frame)](frame)
         except StreamClosedError as error:
-            if not self._stream_is_closed_by_reset(error.stream_id):
-                raise
-            return self._reset(error.stream_id, error.error_code, list(error._events))
+            frames, events = self._on_closed_stream(error)
         except StreamIDTooLowError as error:
-            if self._stream_is_closed_by_reset(error.stream_id):
-                return self._reset(error.stream_id, ErrorCodes.STREAM_CLOSED, [])
-            if self._stream_is_closed_by_end(error.stream_id):
-                raise StreamClosedError(error.stream_id) from error
-            raise
+            if self._stream_closed_by(error.stream_id) is None:
+                raise  # it was skipped, and so closed without ever having been open (RFC 9113 §5.1.1)
+            frames, events = self._on_closed_stream(StreamClosedError(error.stream_id))
         self._prepare_for_sending(frames)
         return list(events)
 
-    def _reset(self, stream_id: int, code: ErrorCodes, events: list[Event]) -> list[Event]:
-        self._prepare_for_sending([_rst_stream(stream_id, code)])
-        return events
+    def _on_closed_stream(self, error: StreamClosedError) -> tuple[list[Frame], list[Event]]:
+        """What crossed our own reset is ignored; after the peer's, and after its end, it is an error (RFC 9113 §5.1)."""
+        closed_by = self._stream_closed_by(error.stream_id)
+        if error._events:  # this very frame has closed the stream
+            return [_rst_stream(error.stream_id, error.error_code)], list(error._events)
+        if closed_by is StreamClosedBy.SEND_RST_STREAM:
+            return [], []
+        if closed_by is not StreamClosedBy.RECV_RST_STREAM:
+            raise error
+        event = StreamReset(stream_id=error.stream_id, error_code=error.error_code, remote_reset=False)
+        return [_rst_stream(error.stream_id, error.error_code)], [event]
 
     def _receive_headers_frame(self, frame: HeadersFrame) -> tuple[list[Frame], list[Event]]:
         """A header block is decoded whatever becomes of it: the peer's encoder has moved on."""
@@ -248,11 +259,9 @@ class Protocol(H2Connection):
     def _handle_data_on_closed_stream(
         self, events: list[Event], exc: StreamClosedError, frame: DataFrame
     ) -> tuple[list[Frame], list[Event]]:
-        """Data that crossed our reset on its way is dropped in silence, other data of a closed stream is an error."""
         self.credit(frame.flow_controlled_length)
-        if not exc._events and self._stream_closed_by(frame.stream_id) is StreamClosedBy.SEND_RST_STREAM:
-            return [], events
-        return [_rst_stream(frame.stream_id, exc.error_code)], events + list(exc._events)
+        frames, more = self._on_closed_stream(exc)
+        return frames, events + more
 
     def _receive_settings_frame(self, frame: SettingsFrame) -> tuple[list[Frame], list[Event]]:
         """Unknown settings are ignored (RFC 9113 §6.5.2), and not remembered."""
@@ -283,4 +292,3 @@ def error_code(number: int) -> ErrorCodes:
 
 def _rst_stream(stream_id: int, code: ErrorCodes) -> RstStreamFrame:
     return RstStreamFrame(stream_id, error_code=code)
-

@@ -285,7 +285,7 @@ class _Exchange(Channel):
         if self._gone is not None or self.link.broken or self.link.protocol.over:
             raise ClientGone(self._gone or "the connection ended")
 
-    def lost(self, reason: str, code: ErrorCodes | None, *, remote: bool) -> None:  # noqa: ARG002
+    def lost(self, reason: str, code: ErrorCodes | None, *, remote: bool) -> None:
         if self._gone is None:
             self._gone = reason
             self.body.fail(reason)
@@ -313,7 +313,7 @@ class _Reply:
 
     async def interim(self, head: ResponseHead) -> None:
         if not self.started and head.status != 101:
-            self._channel.begin(h2_heads.encode_interim(head), end=False)
+            await self._channel.start(h2_heads.encode_interim(head), end=False)
 
     async def send(self, response: Response) -> None:
         if self.started:
@@ -322,9 +322,9 @@ class _Reply:
         bodiless = self._method == "HEAD" or response.head.status in (204, 304)
         fields = h2_heads.encode_response(response.head, response.body.length, bodiless=bodiless)
         if bodiless:
-            self._channel.begin(fields, end=True)
+            await self._channel.start(fields, end=True)
         else:
             await self._channel.transmit(fields, response.body)
 
-    async def tunnel(self, head: ResponseHead) -> ByteStream:  # noqa: ARG002
+    async def tunnel(self, head: ResponseHead) -> ByteStream:
         raise OurFault("no tunnels over HTTP/2", code="tunnel_unsupported")

@@ -200,6 +200,14 @@ class Channel:
 
     # ── out ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
+    async def start(self, fields: list[tuple[bytes, bytes]], *, end: bool) -> None:
+        """Send a head. Windows do not count it, but it too waits while the peer does not read."""
+        link = self.link
+        while link.backed_up:
+            self.check()
+            await link.wait_for_room(self)
+        self.begin(fields, end=end)
+
     async def transmit(self, fields: list[tuple[bytes, bytes]], body: Body) -> None:
         """Send a head and pull the body behind it to its end. The last frame carries END_STREAM.
 
@@ -208,7 +216,7 @@ class Channel:
         item: Any = await body.receive() if body.ready else _LATER
         if item is None or type(item) is Trailers:
             self._check_length(body)
-        self.begin(fields, end=item is None)
+        await self.start(fields, end=item is None)
         while item is not None:
             if item is _LATER:
                 item = await body.receive()
@@ -255,8 +263,8 @@ class Channel:
             if sent == size:
                 self.ended = end
                 return
-            if link.waiting:
-                await trio.lowlevel.checkpoint()  # others wait for the same window: a frame each, in turn
+            if link.waiting or link.held:
+                await trio.lowlevel.checkpoint()  # others wait for the same room: a frame each, in turn
 
     async def _send_trailers(self, fields: Fields) -> None:
         kept = [field for field in fields if field[0] not in CONNECTION_FIELDS and field[0][:1] != b":"]
@@ -293,11 +301,13 @@ class Link:
         self.protocol = protocol
         self.channels: dict[int, Channel] = {}
         self.waiting: set[Channel] = set()
-        """Senders that wait for room."""
+        """Senders that wait for a window."""
+        self.held: set[Channel] = set()
+        """Senders that wait for the writer."""
         self.broken = False
         """Whether nothing can be sent any more."""
-        self.error: str | None = None
-        """The code of the error that ended the connection."""
+        self.error_code = ErrorCodes.NO_ERROR
+        """Of the error that ended the connection."""
         self.taken = 0
         """Bytes that the writer has taken. What was queued behind them has certainly not left."""
         self._bell = Signal()
@@ -320,6 +330,11 @@ class Link:
             UnknownFrameReceived: self._nuisance,
         }
 
+    @property
+    def error(self) -> str | None:
+        """Our name for the error that ended the connection."""
+        return f"h2_{self.error_code.name.lower()}" if self.error_code else None
+
     # ── the writer ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def ring(self) -> None:
@@ -334,8 +349,8 @@ class Link:
                 if data:
                     self.taken += len(data)
                     await stream.send_all(data)
-                    if self.waiting:
-                        self._wake_all()
+                    for channel in self.held:
+                        channel.room.ring()
                 else:
                     self._resting = True
                     self._rested.ring()
@@ -352,21 +367,26 @@ class Link:
             self.ring()
             await self._rested.wait()
 
+    @property
+    def backed_up(self) -> bool:
+        return self.protocol.pending >= _QUEUED_BYTES
+
     def allowed(self, stream_id: int) -> int:
         """How many bytes may be sent on a stream in one frame now."""
-        protocol = self.protocol
-        if protocol.pending >= _QUEUED_BYTES:
+        if self.backed_up:
             return 0
+        protocol = self.protocol
         return min(protocol.local_flow_control_window(stream_id), protocol.max_outbound_frame_size)
 
     async def wait_for_room(self, channel: Channel) -> None:
-        self.waiting.add(channel)
+        queue = self.held if self.backed_up else self.waiting
+        queue.add(channel)
         try:
             await channel.room.wait()
         finally:
-            self.waiting.discard(channel)
+            queue.discard(channel)
 
-    def _wake_all(self) -> None:
+    def _wake_waiting(self) -> None:
         for channel in self.waiting:
             channel.room.ring()
 
@@ -380,7 +400,7 @@ class Link:
                 return
 
     def feed(self, data: bytes) -> bool:
-        """Take in what was read. False after an error of the connection, which `error` names and a GOAWAY tells."""
+        """Take in what was read. False after an error of the connection, which `error` names and a GOAWAY will tell."""
         try:
             for event in self.protocol.receive_data(data):
                 handler = self._handlers.get(type(event))
@@ -390,7 +410,7 @@ class Link:
                 raise DenialOfServiceError("the peer does not read")
         except ProtocolError as error:
             self.protocol.fail(error.error_code)
-            self.error = f"h2_{error.error_code.name.lower()}"
+            self.error_code = error.error_code
             return False
         finally:
             self.ring()
@@ -457,11 +477,11 @@ class Link:
             if channel is not None:
                 channel.room.ring()
         else:
-            self._wake_all()
+            self._wake_waiting()
 
     def _settings_changed(self, event: RemoteSettingsChanged) -> None:
         self._nuisance(event)
-        self._wake_all()  # the windows of all streams may have grown
+        self._wake_waiting()  # the windows of all streams may have grown
 
     def earn(self) -> None:
         self._nuisances.earn()

@@ -215,6 +215,14 @@ async def peek(sock: socket.socket) -> bytes:
             await trio.lowlevel.wait_readable(sock)
 
 
+def peek_now(sock: socket.socket) -> bytes:
+    """The first byte, if it is there already; it is not consumed."""
+    try:
+        return socket.socket.recv(sock, 1, socket.MSG_PEEK)
+    except OSError:
+        return b""
+
+
 async def drop_input(sock: socket.socket) -> None:
     """Read below any TLS, and drop, until the peer ends or breaks off. The caller bounds the time."""
     while True:

@@ -69,7 +69,8 @@ class Server:
         self._handle = handle
         self._ended = ended
         self._credentials = credentials
-        self._ids = (f"{os.urandom(4).hex()}-{number}" for number in count(1))
+        prefix = os.urandom(4).hex()
+        self._ids = (f"{prefix}-{number}" for number in count(1))
         self._served: set[Served] = set()
         self._open = 0
         self._emptied = trio.Event()

@@ -23,7 +23,7 @@ import trio
 
 from sidecar.errors import NotSent, OperatorFault, PeerRejected, PlaintextOnly
 from sidecar.model import HandshakeFacts, Identity, SpiffeId, Workload
-from sidecar.wire.network import Stream, drop_input, peek
+from sidecar.wire.network import Stream, drop_input, peek, peek_now
 
 Judge = Callable[[HandshakeFacts], Workload]
 Verify = Callable[[HandshakeFacts, Mapping[str, frozenset[bytes]], frozenset[SpiffeId] | None], Workload]
@@ -148,23 +148,30 @@ async def _shaken(sock: ssl.SSLSocket, side: str, judge: Judge) -> TlsStream:
 
 
 async def _handshake(sock: _Socket, *, first_answer: bool) -> None:
+    # What is not TLS must be told from what fails at TLS before OpenSSL has read it: its words for both vary. A server
+    # that speaks first has said something already.
+    if first_answer and (start := peek_now(sock)):
+        _begins_record(start)
+        first_answer = False
     while True:
         try:
             sock.do_handshake()
         except ssl.SSLWantReadError:
             if first_answer:
-                # What is not TLS must be told from what fails at TLS before OpenSSL has read it: its words for both vary.
-                start = await peek(sock)
-                if start and start not in _RECORDS:
-                    raise PlaintextOnly("the first byte of the answer begins no TLS record") from None
+                if start := await peek(sock):
+                    _begins_record(start)
                 first_answer = False
-                if start:
-                    continue
-            await trio.lowlevel.wait_readable(sock)
+            else:
+                await trio.lowlevel.wait_readable(sock)
         except ssl.SSLWantWriteError:
             await trio.lowlevel.wait_writable(sock)
         else:
             return
+
+
+def _begins_record(start: bytes) -> None:
+    if start not in _RECORDS:
+        raise PlaintextOnly("the first byte of the answer begins no TLS record")
 
 
 def _facts(sock: _Socket, side: str) -> HandshakeFacts:

@@ -6,11 +6,11 @@ import gc
 
 import pytest
 import trio
-from support.faults import Faults, injected, inside
-from support.flow import OUTBOUND, PairNetwork, get, read_message, serve_target, status, world
 
 from sidecar import exchange
 from sidecar.wire.network import Stream
+from support.faults import Faults, injected, inside
+from support.flow import OUTBOUND, PairNetwork, get, read_message, serve_target, status, world
 
 POST = b"POST /b HTTP/1.1\r\nHost: target.test\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"
 
@@ -37,7 +37,10 @@ async def _once(tmp_path, faults: Faults, way: str, request_bytes: bytes) -> boo
     with injected(faults, PairNetwork), pytest.MonkeyPatch.context() as patch:
         patch.setattr(exchange, "_permit", permit)
         began = trio.current_time()
-        async with world(tmp_path, inside=inside, change=("drain: 10", "drain: 10, idle: 30")) as it, trio.open_nursery() as nursery:
+        async with (
+            world(tmp_path, inside=inside, change=("drain: 10", "drain: 10, idle: 30")) as it,
+            trio.open_nursery() as nursery,
+        ):
             await serve_target(it, nursery)
             faults.cancel = it.cut
             upstream = it.agent if way == "inbound" else it.target

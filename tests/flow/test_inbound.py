@@ -6,9 +6,9 @@ import json
 
 import pytest
 import trio
-from support.flow import AGENT, HANG, UNDEFINED, ask, get, read_message, status, world
 
 from sidecar.errors import PeerRejected
+from support.flow import AGENT, HANG, UNDEFINED, ask, get, read_message, status, world
 
 
 async def test_an_allowed_request_reaches_the_agent_with_the_proven_caller(autojump_clock, tmp_path):

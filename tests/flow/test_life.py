@@ -7,10 +7,10 @@ import signal
 
 import pytest
 import trio
-from support.flow import INBOUND, ask, get, serve_target, status, world
 
 from examples.demo.kit import write
 from sidecar.errors import OperatorFault
+from support.flow import INBOUND, ask, get, serve_target, status, world
 
 
 async def test_health_tells_each_state_in_one_word(autojump_clock, tmp_path):

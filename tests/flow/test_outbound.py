@@ -6,6 +6,7 @@ import json
 
 import pytest
 import trio
+
 from support.flow import (
     OK,
     PLAINTEXT_TARGET,

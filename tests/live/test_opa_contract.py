@@ -50,7 +50,7 @@ async def policy(binary: Path | None, tmp_path: Path) -> AsyncIterator[DecisionP
     if binary is None:
         async with fakes.fake_opa(tmp_path / "opa.sock") as fake:
             fake.says = says
-            opa = Opa(TcpNetwork(), fake.path, bundle="sidecar")
+            opa = Opa(TcpNetwork(), fake.path, bundle="sidecar", decision_timeout=2.0)
             yield opa
             opa.close()
         return
@@ -58,6 +58,7 @@ async def policy(binary: Path | None, tmp_path: Path) -> AsyncIterator[DecisionP
     engine = Engine(
         signer.policy(signer.bundle(tmp_path / "bundle.tar.gz")), TcpNetwork(),
         runtime_dir=tmp_path / "run", binary=binary, log=lambda *_, **__: None,
+        decision_timeout=2.0,
     )  # fmt: skip
     async with trio.open_nursery() as nursery:
         await nursery.start(engine.run)

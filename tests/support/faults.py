@@ -31,7 +31,9 @@ class Faults:
         self.where: str | None = None
         self.cancel: Callable[[], None] = lambda: None
 
-    async def before(self, what: str, broken: Callable[[], BaseException], stream: network.Stream | None = None) -> None:
+    async def before(
+        self, what: str, broken: Callable[[], BaseException], stream: network.Stream | None = None
+    ) -> None:
         if not self.armed or not inside.get():
             return
         self.count += 1

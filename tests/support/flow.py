@@ -29,6 +29,7 @@ from sidecar.log import Log
 from sidecar.model import Address
 from sidecar.wire import tls
 from sidecar.wire.network import Listener, Stream
+from support.h2_frames import DataFrame, Message, Peer
 
 OPA_SOCKET = Path("/nowhere/opa.sock")
 INBOUND = Address(host="10.0.0.1", port=8443)
@@ -440,3 +441,123 @@ async def serve_target(
 
     credentials.server_context.set_alpn_protocols(["http/1.1"])
     nursery.start_soon(accept)
+
+
+# ── HTTP/2 ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+H2Fields = list[tuple[bytes, bytes]]
+
+
+def h2_head(
+    path: str = "/x", *extra: tuple[str, str], method: str = "GET", host: str = "target.test", scheme: str = "https"
+) -> H2Fields:
+    pseudo = [(":method", method), (":scheme", scheme), (":authority", host), (":path", path)]
+    return [(name.encode(), value.encode()) for name, value in (*pseudo, *extra)]
+
+
+async def h2_client(it: World, credentials: tls.Credentials | None = None, *, server_name: str | None = None) -> Peer:
+    """A raw h2 client of the inbound port: agreed on by ALPN with `credentials`, by prior knowledge without."""
+    stream = await it.client(credentials, server_name=server_name, alpn="h2")
+    assert credentials is None or getattr(stream, "alpn", None) == "h2"
+    return await _started(stream)
+
+
+async def h2_agent_client(it: World) -> Peer:
+    """The agent as a raw h2 client of the outbound port, by prior knowledge."""
+    return await _started(await it.agent_client())
+
+
+async def _started(stream: Stream) -> Peer:
+    peer = Peer(stream)
+    await peer.start()
+    return peer
+
+
+async def h2_ask(peer: Peer, stream_id: int, fields: H2Fields, body: bytes | None = None) -> Message:
+    """Send a request on a stream, return its whole answer, or how it was reset."""
+    await peer.request(stream_id, fields, end=body is None)
+    if body is not None:
+        await peer.data(stream_id, body, end=True)
+    return await peer.message(stream_id)
+
+
+H2Answer = Callable[[Peer, int], Awaitable[None]]
+
+
+async def h2_ok(peer: Peer, stream_id: int) -> None:
+    await peer.send(
+        peer.head(stream_id, [(b":status", b"200")]), DataFrame(stream_id, data=b"ok", flags=["END_STREAM"])
+    )
+
+
+class H2Agent:
+    """A raw h2 server that keeps every message. `answer` is called, in a task of its own, with each whole request."""
+
+    def __init__(self, answer: H2Answer = h2_ok) -> None:
+        self.answer = answer
+        self.at_head: H2Answer | None = None
+        """Called as soon as a head has come, in place of `answer`."""
+        self.settings: dict[int, int] = {}
+        self.peers: list[Peer] = []
+
+    @property
+    def messages(self) -> list[Message]:
+        """All that came on streams, whole or not, in the order of connections and streams."""
+        return [message for peer in self.peers for number, message in sorted(peer.messages.items()) if number]
+
+    async def serve(self, listener: PairListener) -> None:
+        """In plaintext, by prior knowledge."""
+        async with trio.open_nursery() as nursery:
+            while True:
+                sock, _ = await listener.accept()
+                nursery.start_soon(self.connection, Stream(sock))
+
+    async def serve_tls(self, listener: PairListener, credentials: tls.Credentials) -> None:
+        """Over mTLS, by ALPN."""
+
+        async def one(sock: socket.socket) -> None:
+            try:
+                stream = await tls.accept(sock, credentials.server_context, credentials.judge)
+            except Exception:
+                return
+            assert stream.alpn == "h2"
+            await self.connection(stream)
+
+        async with trio.open_nursery() as nursery:
+            while True:
+                sock, _ = await listener.accept()
+                nursery.start_soon(one, sock)
+
+    async def connection(self, stream: Stream) -> None:
+        peer = Peer(stream)
+        self.peers.append(peer)
+        called: set[int] = set()
+        try:
+            async with trio.open_nursery() as answers:
+                await peer.start(self.settings)
+                while True:
+                    stream_id = (await peer.next()).stream_id
+                    message = peer.messages[stream_id]
+                    if message.heads and (self.at_head or message.ended) and stream_id not in called:
+                        called.add(stream_id)
+                        answers.start_soon(self._answer, peer, stream_id)
+        except* (EOFError, trio.BrokenResourceError, trio.ClosedResourceError):
+            pass
+        finally:
+            stream.close()
+
+    async def _answer(self, peer: Peer, stream_id: int) -> None:
+        await (self.at_head or self.answer)(peer, stream_id)
+
+
+async def serve_h2_target(
+    it: World, nursery: trio.Nursery, agent: H2Agent, *, path: str = "/ns/demo/sa/target", ca: CA | None = None
+) -> None:
+    """Put an mTLS target with the given identity behind the route. It speaks h2."""
+    nursery.start_soon(agent.serve_tls, await it.network.listen(TARGET), it.credentials(path, ca=ca))
+
+
+async def serve_h2_agent(it: World, nursery: trio.Nursery, agent: H2Agent) -> None:
+    """Put an agent that speaks h2c in the place of the one that speaks h1."""
+    it.network.listeners.pop(AGENT)
+    nursery.start_soon(agent.serve, await it.network.listen(AGENT))

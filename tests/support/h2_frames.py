@@ -32,8 +32,11 @@ GET = [(b":method", b"GET"), (b":scheme", b"http"), (b":authority", b"backend.in
 POST = [(b":method", b"POST"), *GET[1:]]
 
 
-def stream_pair() -> tuple[Stream, Stream]:
+def stream_pair(buffer_bytes: int | None = None) -> tuple[Stream, Stream]:
+    """Two ends; `buffer_bytes` is about what one that nobody reads from holds (else what the kernel likes)."""
     ours, theirs = socket.socketpair()
+    if buffer_bytes is not None:
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer_bytes)
     ours.setblocking(False)
     theirs.setblocking(False)
     return Stream(ours), Stream(theirs)
@@ -67,6 +70,8 @@ class Peer:
         self.decoder = hpack.Decoder()
         self.frames: list[Frame] = []
         self.messages: dict[int, Message] = {}
+        self.acknowledges = True
+        """Whether the other side's SETTINGS are acknowledged as they come."""
         self._sent: dict[int, int] = {}
         self._input = bytearray()
         self._block = b""
@@ -93,7 +98,9 @@ class Peer:
             frame.flags.add("END_STREAM")
         return frame
 
-    async def request(self, stream_id: int, fields: list[tuple[bytes, bytes]] | None = None, *, end: bool = True) -> None:
+    async def request(
+        self, stream_id: int, fields: list[tuple[bytes, bytes]] | None = None, *, end: bool = True
+    ) -> None:
         await self.send(self.head(stream_id, GET if fields is None else fields, end=end))
 
     async def data(self, stream_id: int, data: bytes = b"", *, end: bool = False) -> None:
@@ -145,6 +152,14 @@ class Peer:
             if isinstance(frame, WindowUpdateFrame) and frame.stream_id == stream_id
         )
 
+    @staticmethod
+    def settings_of(data: bytes) -> dict[int, int]:
+        """Of the first frame of a connection, which must be SETTINGS."""
+        frame, length = Frame.parse_frame_header(memoryview(data[:9]))
+        assert isinstance(frame, SettingsFrame)
+        frame.parse_body(memoryview(data[9 : 9 + length]))
+        return frame.settings
+
     async def _next(self) -> Frame:
         if self._input.startswith(PREFACE):
             del self._input[: len(PREFACE)]
@@ -163,7 +178,7 @@ class Peer:
         del self._input[: 9 + length]
         self.frames.append(frame)
         self._note(frame)
-        if isinstance(frame, SettingsFrame) and "ACK" not in frame.flags:
+        if self.acknowledges and isinstance(frame, SettingsFrame) and "ACK" not in frame.flags:
             try:
                 await self.send(SettingsFrame(0, flags=["ACK"]))
             except trio.BrokenResourceError:

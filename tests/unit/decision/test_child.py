@@ -196,6 +196,20 @@ async def test_a_missing_bundle_is_a_refused_start(tmp_path: Path) -> None:
     assert str(tmp_path / "bundle.tar.gz") in str(fault)
 
 
+async def test_a_refused_start_reaches_the_nursery_that_started_it_as_it_is(tmp_path: Path) -> None:
+    engine = Started(tmp_path, "exit 2").engine
+    async with trio.open_nursery() as nursery:
+        with pytest.raises(OperatorFault):
+            await nursery.start(engine.run)
+
+
+async def test_what_does_not_run_takes_nothing_up(tmp_path: Path) -> None:
+    engine = Started(tmp_path, "").engine
+    with pytest.raises(OperatorFault) as caught:
+        await engine.reload()
+    assert caught.value.code == "opa_stopped"
+
+
 async def test_before_the_first_bundle_there_is_no_decision(tmp_path: Path) -> None:
     engine = Started(tmp_path, "").engine
     assert engine.state == "starting"

@@ -42,7 +42,7 @@ async def test_its_state_follows_its_health_and_is_told_once(fake: FakeOpa, auto
     assert external.restarts == 0
 
 
-async def test_its_answers_are_taken_with_the_revision_that_it_states(fake: FakeOpa) -> None:
+async def test_its_answers_are_taken_with_the_revision_that_it_states(fake: FakeOpa, autojump_clock: MockClock) -> None:
     external = External(fake.path, TcpNetwork(), log=lambda *_, **__: None)
     async with trio.open_nursery() as nursery:
         await nursery.start(external.run)
@@ -52,7 +52,7 @@ async def test_its_answers_are_taken_with_the_revision_that_it_states(fake: Fake
         await external.stop()
 
 
-async def test_a_socket_of_another_user_is_not_asked(fake: FakeOpa) -> None:
+async def test_a_socket_of_another_user_is_not_asked(fake: FakeOpa, autojump_clock: MockClock) -> None:
     external = External(fake.path, TcpNetwork(), log=lambda *_, **__: None, peer_uid=os.getuid() + 1)
     with pytest.raises(NoDecision) as caught:
         await external.decide(asking())

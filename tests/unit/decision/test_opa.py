@@ -43,14 +43,16 @@ async def code_of(opa: Opa, inquiry: Inquiry | None = None) -> str:
     return caught.value.code
 
 
-async def test_each_direction_has_its_entrypoint(opa: Opa, fake: FakeOpa) -> None:
+async def test_each_direction_has_its_entrypoint(opa: Opa, fake: FakeOpa, autojump_clock: MockClock) -> None:
     for direction in ("inbound", "outbound", "egress", "management", "fleet"):
         await opa.decide(asking(direction=direction))
         assert fake.paths[-1] == f"/v1/data/sidecar/{direction}/decision?provenance=true"
         assert fake.inputs[-1]["direction"] == direction
 
 
-async def test_one_connection_serves_one_question_after_another(opa: Opa, fake: FakeOpa) -> None:
+async def test_one_connection_serves_one_question_after_another(
+    opa: Opa, fake: FakeOpa, autojump_clock: MockClock
+) -> None:
     ids = {(await opa.decide(asking())).decision_id for _ in range(50)}
     assert len(ids) == 50
     assert fake.opened == 1
@@ -137,14 +139,18 @@ async def test_one_hanging_question_delays_no_other(opa: Opa, fake: FakeOpa, aut
         assert trio.current_time() == start
 
 
-async def test_a_connection_that_opa_closed_while_idle_is_replaced(opa: Opa, fake: FakeOpa) -> None:
+async def test_a_connection_that_opa_closed_while_idle_is_replaced(
+    opa: Opa, fake: FakeOpa, autojump_clock: MockClock
+) -> None:
     await opa.decide(asking())
     await fake.hang_up()
     assert type(await opa.decide(asking())) is Allow
     assert fake.opened == 2
 
 
-async def test_a_kept_connection_that_ends_under_the_question_is_asked_again_once(opa: Opa, fake: FakeOpa) -> None:
+async def test_a_kept_connection_that_ends_under_the_question_is_asked_again_once(
+    opa: Opa, fake: FakeOpa, autojump_clock: MockClock
+) -> None:
     await opa.decide(asking())
     manners = [fakes.cut(b""), fakes.result({"allow": True, "reason": "again"})]
     fake.says = lambda _: manners.pop(0)
@@ -156,7 +162,9 @@ async def test_a_kept_connection_that_ends_under_the_question_is_asked_again_onc
     assert len(fake.inputs) == 3 + 2
 
 
-async def test_a_fresh_connection_that_ends_is_not_asked_again(opa: Opa, fake: FakeOpa) -> None:
+async def test_a_fresh_connection_that_ends_is_not_asked_again(
+    opa: Opa, fake: FakeOpa, autojump_clock: MockClock
+) -> None:
     fake.says = lambda _: fakes.cut(b"")
     assert await code_of(opa) == "decision_unreachable"
     assert len(fake.inputs) == 1
@@ -216,14 +224,14 @@ async def test_nobody_at_home(tmp_path: Path) -> None:
     ids=range(17),
 )  # fmt: skip
 async def test_garbage_is_no_decision_and_harms_no_later_question(
-    opa: Opa, fake: FakeOpa, said: bytes, code: str
+    opa: Opa, fake: FakeOpa, autojump_clock: MockClock, said: bytes, code: str
 ) -> None:
     fake.says = lambda asked: fakes.cut(said) if asked["path"] == "/bad" else fakes.result(False)
     assert await code_of(opa, asking("/bad")) == code
     assert type(await opa.decide(asking("/good"))) is Deny
 
 
-async def test_an_answer_may_come_byte_by_byte(opa: Opa, fake: FakeOpa) -> None:
+async def test_an_answer_may_come_byte_by_byte(opa: Opa, fake: FakeOpa, autojump_clock: MockClock) -> None:
     for said in (ALLOWED, framed(body(result={"allow": True, "reason": "é" * 3000}))):
         fake.says = lambda _, said=said: fakes.bytewise(said)
         assert type(await opa.decide(asking())) is Allow
@@ -231,7 +239,7 @@ async def test_an_answer_may_come_byte_by_byte(opa: Opa, fake: FakeOpa) -> None:
 
 
 async def test_an_answer_that_ends_with_the_connection_is_read_and_the_connection_dropped(
-    opa: Opa, fake: FakeOpa
+    opa: Opa, fake: FakeOpa, autojump_clock: MockClock
 ) -> None:
     fake.says = lambda _: fakes.cut(b"HTTP/1.0 200 OK\r\n\r\n" + body(result=True))
     assert type(await opa.decide(asking())) is Allow
@@ -240,7 +248,7 @@ async def test_an_answer_that_ends_with_the_connection_is_read_and_the_connectio
     assert "0 connections idle" in repr(opa)
 
 
-async def test_the_largest_answer_is_read(opa: Opa, fake: FakeOpa) -> None:
+async def test_the_largest_answer_is_read(opa: Opa, fake: FakeOpa, autojump_clock: MockClock) -> None:
     rest = MAX_ANSWER_BYTES - len(body(result={"allow": True, "reason": ""}))
     fake.says = lambda _: fakes.raw(framed(body(result={"allow": True, "reason": "x" * rest})))
     assert len((await opa.decide(asking())).reason or "") == rest
@@ -289,7 +297,9 @@ async def test_closing_waits_for_the_questions_in_flight(opa: Opa, fake: FakeOpa
     assert fake.open == 0
 
 
-async def test_a_warm_up_asks_every_entrypoint_and_minds_no_answer(opa: Opa, fake: FakeOpa) -> None:
+async def test_a_warm_up_asks_every_entrypoint_and_minds_no_answer(
+    opa: Opa, fake: FakeOpa, autojump_clock: MockClock
+) -> None:
     fake.says = lambda asked: fakes.fails() if asked["direction"] == "egress" else fakes.undefined()
     await opa.warm_up()
     assert [asked["direction"] for asked in fake.inputs] == ["inbound", "outbound", "egress", "management", "fleet"]
@@ -383,7 +393,7 @@ class FaultySocket(socket.socket):
 # ── who is at the other end ───────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_only_the_expected_user_is_believed(fake: FakeOpa) -> None:
+async def test_only_the_expected_user_is_believed(fake: FakeOpa, autojump_clock: MockClock) -> None:
     ours = Opa(OnlyFrom(TcpNetwork(), frozenset({os.getuid()})), fake.path, bundle="sidecar")
     assert type(await ours.decide(asking())) is Allow
     ours.close()

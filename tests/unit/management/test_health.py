@@ -3,13 +3,13 @@ from typing import Any
 
 import pytest
 import trio
-from support.records import status
 
 from sidecar.management.health import Health
 from sidecar.model import Address, Anonymous, ClientGone, Connection, Request, RequestHead, Response, Status, Target
 from sidecar.wire import h1_server
 from sidecar.wire.h1_server import Limits, Served
 from sidecar.wire.network import Stream
+from support.records import status
 
 CONNECTION = Connection(
     id="c-1", peer=Anonymous(reason="plaintext"), remote=Address(host="192.0.2.1", port=1), tls=False,
@@ -167,7 +167,6 @@ async def test_over_the_wire_head_has_no_body_and_the_connection_is_kept() -> No
         client.close()
     first, second, third = (part.partition(b"\r\n\r\n") for part in answers.split(b"HTTP/1.1 ")[1:])
     assert first[0].startswith(b"503 ")
-    assert b"content-length: 18" in first[0].lower()
     assert first[2] == b""
     assert second[0].startswith(b"405 ")
     assert third[0].startswith(b"200 ")

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.records import CALLER, connection_ended, exchange
 
 from sidecar.model import Anonymous, ConnectionEnded, Exchange, LocalProcess, SpiffeId, Workload
 from sidecar.records import access_log
+from support.records import CALLER, connection_ended, exchange
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "access-log.md"
 HOSTILE = st.text(st.characters(exclude_categories=()), max_size=40)
@@ -44,30 +44,31 @@ def test_the_time_of_a_line_is_when_it_ended() -> None:
 def test_the_fields_of_an_exchange_are_those_of_its_record_and_documented() -> None:
     told = set(read(access_log.line(exchange())))
     record = {field.name for field in fields(Exchange)} - {"started_at"}
-    assert told == record | {"ts", "level", "event"} == set(documented("exchange.ended"))
+    assert told == record | {"ts", "level", "event", "peer_kind", "peer_reason"} == set(documented("exchange.ended"))
 
 
 def test_the_fields_of_a_connection_are_those_of_its_record_and_documented() -> None:
     told = set(read(access_log.connection_line(connection_ended())))
     record = {field.name for field in fields(ConnectionEnded)} - {"started_at"}
-    assert told == record | {"ts", "level", "event"} == set(documented("connection.ended"))
+    assert told == record | {"ts", "level", "event", "peer_kind", "peer_reason"} == set(documented("connection.ended"))
 
 
 @pytest.mark.parametrize(
     ("peer", "told"),
     [
-        (CALLER, "spiffe://example.org/ns/demo/sa/budget"),
-        (LocalProcess(), {"kind": "local_process", "reason": None}),
-        (Anonymous(reason="plaintext"), {"kind": "anonymous", "reason": "plaintext"}),
+        (CALLER, ("spiffe://example.org/ns/demo/sa/budget", "workload", None)),
+        (LocalProcess(), (None, "local_process", None)),
+        (Anonymous(reason="plaintext"), (None, "anonymous", "plaintext")),
     ],
 )
 def test_a_peer_is_its_id_or_the_reason_why_it_has_none(peer: Any, told: object) -> None:
-    assert read(access_log.line(exchange(peer=peer)))["peer"] == told
-    assert read(access_log.connection_line(connection_ended(peer=peer)))["peer"] == told
+    for line in (access_log.line(exchange(peer=peer)), access_log.connection_line(connection_ended(peer=peer))):
+        assert tuple(read(line)[name] for name in ("peer", "peer_kind", "peer_reason")) == told
 
 
 def test_a_peer_that_was_never_settled_is_null() -> None:
-    assert read(access_log.connection_line(connection_ended(peer=None)))["peer"] is None
+    line = read(access_log.connection_line(connection_ended(peer=None)))
+    assert (line["peer"], line["peer_kind"], line["peer_reason"]) == (None, None, None)
 
 
 TEXTS = (
@@ -76,7 +77,7 @@ TEXTS = (
 )  # fmt: skip
 
 
-@given(texts=st.fixed_dictionaries({name: HOSTILE for name in TEXTS}), reason=HOSTILE)
+@given(texts=st.fixed_dictionaries(dict.fromkeys(TEXTS, HOSTILE)), reason=HOSTILE)
 def test_whatever_a_peer_sends_stays_one_line_of_ascii_json(texts: dict[str, str], reason: str) -> None:
     line = access_log.line(exchange(**texts, peer=Anonymous(reason=reason)))
     assert line.isascii()
@@ -87,7 +88,7 @@ def test_whatever_a_peer_sends_stays_one_line_of_ascii_json(texts: dict[str, str
     json.dumps(told, ensure_ascii=False).encode()  # no lone surrogate: strict readers refuse them
 
 
-@given(texts=st.fixed_dictionaries({name: HOSTILE for name in ("connection_id", "listener", "reason", "detail")}))
+@given(texts=st.fixed_dictionaries(dict.fromkeys(("connection_id", "listener", "reason", "detail"), HOSTILE)))
 def test_whatever_ends_a_connection_stays_one_line_of_ascii_json(texts: dict[str, str]) -> None:
     line = access_log.connection_line(connection_ended(**texts))
     assert line.isascii()

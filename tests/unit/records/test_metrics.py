@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
-from support.records import CALLER, connection_ended, decided, exchange, status
 
 from sidecar.model import Anonymous, Deny, LocalProcess, Status
+from sidecar.records.codes import CODES
 from sidecar.records.live_table import LiveTable
 from sidecar.records.metrics import BOUNDS, Metrics
+from support.records import CALLER, connection_ended, decided, exchange, status
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "metrics.md"
 OPEN: Mapping[str, int] = {"inbound": 3, "health": 1}
@@ -251,9 +252,9 @@ def test_nothing_that_a_peer_chooses_makes_a_new_label(sent: Iterable[tuple[Any,
         metrics.decided(decided(decision=None, error=error))
     statuses = {"none", "other", *map(str, range(100, 600))}
     assert {labels["status"] for labels in series(metrics, "sidecar_exchanges_total")} <= statuses
-    assert {labels["error"] for labels in series(metrics, "sidecar_exchange_errors_total")} <= {"other"}
-    assert {labels["error"] for labels in series(metrics, "sidecar_decision_errors_total")} <= {"other"}
-    assert {labels["reason"] for labels in series(metrics, "sidecar_connections_total")} <= {"none", "other"}
+    assert {labels["error"] for labels in series(metrics, "sidecar_exchange_errors_total")} <= {"other", *CODES}
+    assert {labels["error"] for labels in series(metrics, "sidecar_decision_errors_total")} <= {"other", *CODES}
+    assert {labels["reason"] for labels in series(metrics, "sidecar_connections_total")} <= {"none", "other", *CODES}
 
 
 def test_a_thousand_peers_make_no_more_series_than_one() -> None:
@@ -290,5 +291,5 @@ def test_the_document_names_what_is_exposed() -> None:
         name = f"{family.name}_total" if family.type == "counter" else family.name
         labels = {label for sample in family.samples for label in sample.labels} - {"le"}
         exposed[name] = (family.type, labels)
-    rows = re.findall(r"^\| `(\w+)` \| (\w+) \| (.*?) \| ", DOCUMENT.read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \|(.*?)\|", DOCUMENT.read_text(), re.MULTILINE)
     assert {name: (kind, set(re.findall(r"`(\w+)`", labels))) for name, kind, labels in rows} == exposed

@@ -1,10 +1,9 @@
 import json
 
-from support.records import connection_ended, decided, exchange, status
-
 from sidecar.records import Records
 from sidecar.records.live_table import LiveTable
 from sidecar.records.metrics import Metrics
+from support.records import connection_ended, decided, exchange, status
 
 
 def metrics() -> Metrics:

@@ -62,7 +62,7 @@ grants_over_tls(role) if {
 # METADATA
 # title: Whether this is a role, whatever its rules look like
 shaped(role) if {
-	count(object.keys(role) - {"description", "allow", "deny"}) == 0
+	object.remove(role, ["description", "allow", "deny"]) == {}
 	is_array(object.get(role, "allow", []))
 	is_array(object.get(role, "deny", []))
 }
@@ -71,17 +71,15 @@ shaped(role) if {
 # title: Whether an allow rule has the right shape
 # description: An unknown key may be a condition misspelt, without which the rule would grant more than was meant.
 sound_allow(rule) if {
-	count(object.keys(rule) - {"methods", "paths", "mtls_modes", "require_tls"}) == 0
 	is_array(rule.methods)
 	is_array(rule.paths)
-	is_array(object.get(rule, "mtls_modes", []))
-	is_boolean(object.get(rule, "require_tls", true))
+	sound_conditions(object.remove(rule, ["methods", "paths"]))
 }
 
 # METADATA
 # title: Whether a deny rule is well formed, down to each method, path and mode
 sound_deny(rule) if {
-	count(object.keys(rule) - {"methods", "paths", "mtls_modes"}) == 0
+	object.remove(rule, ["methods", "paths", "mtls_modes"]) == {}
 	sound_contents(rule)
 }
 
@@ -114,13 +112,22 @@ sound(role) if {
 	}
 }
 
+sound_conditions({})
+
+sound_conditions(conditions) if {
+	object.remove(conditions, ["mtls_modes", "require_tls"]) == {}
+	is_array(object.get(conditions, "mtls_modes", []))
+	is_boolean(object.get(conditions, "require_tls", true))
+}
+
 path := match.path(input.segments)
 
 denies(role) if {
 	some rule in role.deny
 	names_method(rule)
 	in_mode(rule)
-	match.any_fits_either_slash(rule.paths, path)
+	some spelling in match.spellings(path)
+	match.any_fits(rule.paths, spelling)
 }
 
 grants(role) if {
@@ -146,4 +153,5 @@ on_transport(_) if input.tls == true
 on_transport(rule) if {
 	input.tls == false
 	rule.require_tls == false
+	input.mtls_mode != "strict"
 }

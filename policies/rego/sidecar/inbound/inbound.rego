@@ -17,17 +17,17 @@ import data.sidecar.match
 # entrypoint: true
 default decision := {"allow": false, "reason": "no rule speaks for this request", "rule": "default", "status": 403}
 
-decision := access.refusal("rbac/strict", "plaintext is not accepted here") if {
+decision := access.permission(concat("", ["rbac/", verdict[1]]), concat("", ["granted to role ", verdict[1]])) if {
+	verdict[0] == "granted"
+} else := access.refusal("rbac/strict", "plaintext is not accepted here") if {
 	input.mtls_mode == "strict"
 	input.tls == false
 } else := access.refusal("rbac/broken/bindings", "the policy for this caller is malformed") if {
-	not sound_bindings
+	verdict == ["broken", null]
 } else := access.refusal(concat("", ["rbac/broken/", verdict[1]]), "the policy for this caller is malformed") if {
 	verdict[0] == "broken"
 } else := access.refusal(concat("", ["rbac/deny/", verdict[1]]), "denied to this caller by an explicit rule") if {
 	verdict[0] == "denied"
-} else := access.permission(concat("", ["rbac/", verdict[1]]), concat("", ["granted to role ", verdict[1]])) if {
-	verdict[0] == "granted"
 } else := access.refusal("rbac/anonymous", sprintf("caller has no proven identity: %v", [input.caller_reason])) if {
 	input.caller == null
 } else := access.refusal("rbac/unbound", "no role is bound to this caller") if {
@@ -50,36 +50,34 @@ default role_named(_) := null
 
 role_named(name) := data.sidecar.rbac.roles[name]
 
-bound := {name |
-	some names in bindings
-	some name in names
-}
-
-# The lists of role names that are bound to the caller.
-bindings contains data.sidecar.rbac.bindings[input.caller] if proven
-
-bindings contains names if {
+# Names of the roles that are bound to the caller. There is no role named null: it stands for bindings that cannot be
+# read (`concat` takes lists of strings only), so that they refuse as a broken role does.
+bound contains name if {
 	proven
-	some pattern, names in data.sidecar.rbac.patterns
-	match.fits_id(pattern, input.caller)
+	some name in names(data.sidecar.rbac.bindings[input.caller])
 }
 
-bindings contains data.sidecar.rbac.anonymous if {
+bound contains name if {
+	proven
+	some pattern, roles in data.sidecar.rbac.patterns
+	match.fits_id(pattern, input.caller)
+	some name in names(roles)
+}
+
+bound contains null if {
+	patterns := data.sidecar.rbac.patterns
+	not is_object(patterns)
+}
+
+bound contains name if {
 	input.caller == null
 	input.tls == false
-	input.mtls_mode in {"permissive", "disabled"}
+	some name in names(data.sidecar.rbac.anonymous)
 }
 
-sound_bindings if {
-	every names in bindings {
-		concat("", names)
-	}
-	is_object(patterns)
-}
-
-default patterns := {}
-
-patterns := data.sidecar.rbac.patterns
+names(list) := list if {
+	concat("", list)
+} else := [null]
 
 # An identity counts only where this very connection proved it.
 proven if {

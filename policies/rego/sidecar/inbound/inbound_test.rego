@@ -110,6 +110,8 @@ test_decisions if {
 		],
 		# A contradiction: an identity that this connection did not prove, or a missing one over TLS.
 		[{"tls": false}, false, "default", "no rule speaks for this request"],
+		[{"tls": false, "segments": ["public", "a"]}, false, "default", "no rule speaks for this request"],
+		[{"caller": [budget]}, false, "default", "no rule speaks for this request"],
 		[{"caller": null, "segments": ["public"]}, false, "rbac/anonymous", "caller has no proven identity: null"],
 	] {
 		answer := inbound.decision with input as with_fields(case[0]) with data.sidecar.rbac as rbac

@@ -30,23 +30,26 @@ any_fits(patterns, path) if path in patterns
 any_fits(patterns, path) if {
 	with_slash := concat("", [path, "/"])
 	some pattern in patterns
-	fits(pattern, path, with_slash)
+	startswith(with_slash, trim_suffix(pattern, "**"))
+	endswith(pattern, "/**")
+}
+
+any_fits(patterns, path) if {
+	some pattern in patterns
+	regex.match(`/[*](/|$)`, pattern)
+	segments_fit(split(pattern, "/"), split(path, "/"))
 }
 
 # METADATA
-# title: Whether any of these path patterns fits the path, with or without the slash at its end
+# title: The path with the other spelling of its end
 # description: Many servers take the two spellings for one, so that a refusal of the one must cover the other.
-any_fits_either_slash(patterns, path) if any_fits(patterns, path)
-
-any_fits_either_slash(patterns, path) if any_fits(patterns, trim_suffix(path, "/"))
-
-any_fits_either_slash(patterns, path) if any_fits(patterns, concat("", [path, "/"]))
+spellings(path) := {path, trim_suffix(path, "/"), concat("", [trim_suffix(path, "/"), "/"])}
 
 # METADATA
 # title: Whether a SPIFFE ID pattern fits a SPIFFE ID
 # description: The trust domain is always literal; a pattern with a `*` in it fits nothing.
 fits_id(pattern, spiffe_id) if {
-	fits(pattern, spiffe_id, concat("", [spiffe_id, "/"]))
+	any_fits([pattern], spiffe_id)
 	sound_id(pattern)
 }
 
@@ -54,21 +57,7 @@ fits_id(pattern, spiffe_id) if {
 # title: Whether this is a SPIFFE ID pattern that follows the grammar
 sound_id(pattern) if regex.match(`^spiffe://[a-z0-9._-]+(/([\w.-]+|[*]))*/([\w.-]+|[*]{1,2})$`, pattern)
 
-# What stands before the first `*` is literal, and rules out most patterns at once.
-fits(pattern, path, path_with_slash) if {
-	head := split(pattern, "*")[0]
-	startswith(path_with_slash, head)
-	rest_fits(pattern, head, path)
-}
-
-rest_fits(pattern, head, _) if {
-	endswith(head, "/")
-	pattern == concat("", [head, "**"])
-}
-
-rest_fits(pattern, _, path) if segments_fit(split(pattern, "/"), split(path, "/"))
-
-# Only a tail makes a difference in length.
+# Only a tail makes a difference in length; a segment that is missing before it fits nothing.
 segments_fit(parts, segments) if {
 	count(parts) == count(segments)
 	every i, part in parts {
@@ -78,9 +67,7 @@ segments_fit(parts, segments) if {
 
 segments_fit(parts, segments) if {
 	last := count(parts) - 1
-	last > 0
 	parts[last] == "**"
-	count(segments) >= last
 	every i, part in array.slice(parts, 0, last) {
 		segment_fits(part, segments[i])
 	}

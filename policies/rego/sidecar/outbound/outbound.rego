@@ -16,15 +16,16 @@ import data.sidecar.access
 # entrypoint: true
 default decision := {"allow": false, "reason": "no rule speaks for this request", "rule": "default", "status": 403}
 
-decision := access.refusal("outbound/strict", "plaintext is not sent from here") if {
+decision := access.permission(concat("", ["outbound/", name]), concat("", ["granted for ", name])) if {
+	verdict[0] == "granted"
+	name := min(granting)
+} else := access.refusal("outbound/strict", "plaintext is not sent from here") if {
 	input.mtls_mode == "strict"
 	input.tls == false
 } else := access.refusal(concat("", ["outbound/broken/", verdict[1]]), "the policy for this target is malformed") if {
 	verdict[0] == "broken"
 } else := access.refusal(concat("", ["outbound/deny/", verdict[1]]), "denied to this agent by an explicit rule") if {
 	verdict[0] == "denied"
-} else := access.permission(concat("", ["outbound/", name]), concat("", ["granted for ", name])) if {
-	name := min(granting)
 } else := access.refusal("outbound/unbound", "no rule names this target") if {
 	is_object(input.target)
 	count(entries) == 0
