@@ -221,9 +221,13 @@ class Pipeline:
         self, permit: Permit, attempt: Attempt, reply: Reply, notes: _Notes, scope: trio.CancelScope
     ) -> None:
         idle_timeout = self._idle_timeout()
+        last = trio.current_time()
 
         def moved() -> None:
-            scope.deadline = trio.current_time() + idle_timeout
+            nonlocal last
+            now = trio.current_time()
+            if now - last > idle_timeout / 16:  # each setting sorts the scope anew among all others
+                scope.deadline, last = now + idle_timeout, now
 
         await _Forward(permit=permit, attempt=attempt, reply=reply, notes=notes, via=self.program.via, moved=moved).run(
             self._client
@@ -261,6 +265,7 @@ class _Forward:
 
     async def run(self, client: Client) -> None:
         """Try again only what provably was not sent, or what nobody can tell from its first sending."""
+        repetitions = 0
         while True:
             stream = await client.open(self._attempt.upstream)
             try:
@@ -272,6 +277,9 @@ class _Forward:
             except (NotSent, NoAnswer) as fault:
                 # A kept connection may have ended just before it was used; a new one that fails is a failure.
                 if not stream.reused or self._reply.started or not _repeatable(self._permit.request, fault):
+                    raise
+                repetitions += 1
+                if repetitions > _MAX_REPETITIONS:
                     raise
             finally:
                 stream.release()
@@ -345,6 +353,8 @@ def _denied(deny: Deny, head: RequestHead, ids: Ids) -> Response:
     )  # fmt: skip
 
 
+_MAX_REPETITIONS = 2
+"""An upstream that refuses stream after stream is at its limit, and asking on and on would keep it, and us, there."""
 _IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"})
 
 

@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal, Protocol, TypeAlias
 
@@ -177,7 +178,13 @@ class Log:
 
 def timestamp(seconds: float) -> str:
     """Unix seconds in RFC 3339, UTC, with milliseconds."""
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").removesuffix("+00:00") + "Z"
+    whole, milliseconds = divmod(round(seconds * 1000), 1000)
+    return f"{_second(whole)}.{milliseconds:03}Z"
+
+
+@lru_cache(maxsize=4)
+def _second(whole: int) -> str:
+    return datetime.fromtimestamp(whole, UTC).isoformat().removesuffix("+00:00")
 
 
 def _plain(value: object) -> object:

@@ -132,7 +132,7 @@ class Opa:
     # ── one question ──────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _ask(self, message: bytes, timeout: float) -> bytes:
-        with trio.move_on_after(timeout):
+        with trio.CancelScope(deadline=trio.current_time() + timeout):
             try:
                 self._turns.acquire_nowait()
             except trio.WouldBlock:

@@ -44,7 +44,8 @@ _SIDECAR = """
 _UPSTREAM = """
     plaintext_refused_after_proof upstream_broke_off upstream_connect_timeout upstream_failed
     upstream_handshake_timeout upstream_malformed upstream_no_answer upstream_not_tls upstream_protocol
-    upstream_refused upstream_reset upstream_unreachable upstream_unresolved
+    upstream_draining upstream_ended upstream_refused upstream_refused_stream upstream_reset
+    upstream_streams_exhausted upstream_unreachable upstream_unresolved
 """
 
 CODES = frozenset(f"{_CONNECTION} {_REQUEST} {_SIDECAR} {_UPSTREAM}".split())

@@ -17,7 +17,7 @@ from typing import Literal, Protocol
 
 import trio
 
-from sidecar.errors import NotSent, OurFault, PeerRejected, PlaintextOnly
+from sidecar.errors import NotSent, OurFault, PeerRejected, PlaintextOnly, SidecarError
 from sidecar.model import Address, Body, ByteStream, Fields, RequestHead, ResponseHead, SpiffeId, Workload
 from sidecar.wire import tls
 from sidecar.wire.h1_client import H1Connection
@@ -97,7 +97,9 @@ class Client:
         self._credentials = credentials
         self._idle: dict[Upstream, list[_Kept]] = {}
         self._shared: dict[Upstream, list[_Shared]] = {}
-        self._connecting: dict[Upstream, trio.Event] = {}
+        self._connecting: dict[Upstream, _Pending] = {}
+        self._h1_only: set[Upstream] = set()
+        """Upstreams that chose h1 when they were last asked: nothing is shared there, so that nobody need wait for another."""
         self._nursery: trio.Nursery | None = None
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -118,25 +120,36 @@ class Client:
 
         Raises `NotSent`, `PlaintextOnly` or `PeerRejected`.
         """
-        while True:
-            stream = self._take(upstream)
-            if stream is not None:
-                return stream
+        while (stream := self._take(upstream)) is None:
+            if upstream.protocol == "h1" or upstream in self._h1_only:
+                return self._opened(*await self._connect(upstream), upstream)
             pending = self._connecting.get(upstream)
             if pending is None:
-                break
-            await pending.wait()  # it may become a connection that can be shared
-        if upstream.protocol == "h1":
-            return self._keep_h1(await self._connect(upstream), upstream)
-        done = self._connecting[upstream] = trio.Event()
+                return await self._open_for_all(upstream)
+            await pending.over.wait()  # it may have become a connection that can be shared
+            if pending.fault is not None:
+                raise _alike(pending.fault) from pending.fault
+        return stream
+
+    async def _open_for_all(self, upstream: Upstream) -> UpstreamStream:
+        """Connect while others wait. What failed for one has failed for all who waited: to try in turn would add up timeouts."""
+        pending = self._connecting[upstream] = _Pending()
         try:
-            stream_to = await self._connect(upstream)
-            if not _speaks_h2(stream_to, upstream):
-                return self._keep_h1(stream_to, upstream)
-            return self._share(stream_to, upstream)
+            return self._opened(*await self._connect(upstream), upstream)
+        except SidecarError as fault:
+            pending.fault = fault
+            raise
         finally:
             del self._connecting[upstream]
-            done.set()
+            pending.over.set()
+
+    def _opened(self, stream: Stream, proof: _Proof | None, upstream: Upstream) -> UpstreamStream:
+        if _speaks_h2(stream, upstream):
+            self._h1_only.discard(upstream)
+            return self._share(stream, proof, upstream)
+        if upstream.protocol == "auto":
+            self._h1_only.add(upstream)
+        return self._keep_h1(stream, proof, upstream)
 
     def close(self) -> None:
         for kept in self._idle.values():
@@ -154,6 +167,8 @@ class Client:
                 if self._still_proven(connection.proof, upstream):
                     return connection.h2.open()
                 connection.h2.close_when_idle()
+            elif not connection.h2.claimed:
+                connection.h2.close_when_idle()  # it carries nothing, and takes nothing either
         kept = self._idle.get(upstream)
         while kept:
             candidate = kept.pop()
@@ -177,7 +192,7 @@ class Client:
             proof.generation = credentials.generation
         return True
 
-    async def _connect(self, upstream: Upstream) -> Stream:
+    async def _connect(self, upstream: Upstream) -> tuple[Stream, _Proof | None]:
         try:
             with trio.fail_after(self.settings.connect_timeout):
                 sock = await self._network.connect(upstream.address)
@@ -191,10 +206,10 @@ class Client:
         except OSError as error:
             raise NotSent(str(error)) from error
         if not upstream.tls:
-            return Stream(sock)
+            return Stream(sock), None
         return await self._secured(sock, upstream)
 
-    async def _secured(self, sock: socket.socket, upstream: Upstream) -> Stream:
+    async def _secured(self, sock: socket.socket, upstream: Upstream) -> tuple[Stream, _Proof]:
         credentials = self._credentials()
         if credentials is None:
             sock.close()
@@ -202,7 +217,7 @@ class Client:
         alpn = {"auto": ("h2", "http/1.1"), "h2": ("h2",), "h1": ("http/1.1",)}[upstream.protocol]
         try:
             with trio.fail_after(self.settings.handshake_timeout):
-                return await tls.connect(
+                stream = await tls.connect(
                     sock,
                     credentials.client_context(alpn),
                     lambda facts: credentials.judge(facts, upstream.allowed),
@@ -210,12 +225,13 @@ class Client:
                 )
         except trio.TooSlowError as error:
             raise NotSent("no handshake in time", code="upstream_handshake_timeout", status=504) from error
+        return stream, _Proof(stream, credentials.generation)
 
-    def _keep_h1(self, stream: Stream, upstream: Upstream) -> _Kept:
+    def _keep_h1(self, stream: Stream, proof: _Proof | None, upstream: Upstream) -> _Kept:
         if upstream.protocol == "h2" and isinstance(stream, tls.TlsStream):
             stream.close()
             raise NotSent("the upstream does not speak HTTP/2", code="upstream_protocol")
-        return _Kept(stream, self._proof(stream), self.settings, lambda kept: self._give_back(kept, upstream))
+        return _Kept(stream, proof, self.settings, lambda kept: self._give_back(kept, upstream))
 
     def _give_back(self, kept: _Kept, upstream: Upstream) -> None:
         idle = self._idle.setdefault(upstream, [])
@@ -225,11 +241,10 @@ class Client:
             kept.idle_since = trio.current_time()
             idle.append(kept)
 
-    def _share(self, stream: Stream, upstream: Upstream) -> UpstreamStream:
+    def _share(self, stream: Stream, proof: _Proof | None, upstream: Upstream) -> UpstreamStream:
         if self._nursery is None:
             stream.close()
             raise OurFault("the pool is not running", code="draining")
-        proof = self._proof(stream)
         h2 = H2Connection(
             stream,
             max_header_bytes=self.settings.max_header_bytes,
@@ -251,12 +266,6 @@ class Client:
                 if not connections:
                     del self._shared[upstream]
 
-    def _proof(self, stream: Stream) -> _Proof | None:
-        credentials = self._credentials()
-        if not isinstance(stream, tls.TlsStream):
-            return None
-        return _Proof(stream, credentials.generation if credentials is not None else 0)
-
     def _reap(self) -> None:
         """Close what nobody has used for `idle_timeout`, or what the other side has closed."""
         oldest = trio.current_time() - self.settings.idle_timeout
@@ -269,10 +278,21 @@ class Client:
                 self._idle[upstream] = alive
             else:
                 del self._idle[upstream]
+        self._h1_only &= self._idle.keys()
         for shared in self._shared.values():
             for multiplexed in shared:
                 if multiplexed.h2.idle_since < oldest:
                     multiplexed.h2.close_when_idle()
+
+
+class _Pending:
+    """A connection that is being made, and that others wait for."""
+
+    __slots__ = ("fault", "over")
+
+    def __init__(self) -> None:
+        self.over = trio.Event()
+        self.fault: SidecarError | None = None
 
 
 class _Proof:
@@ -326,3 +346,8 @@ class _Shared:
 
 def _speaks_h2(stream: Stream, upstream: Upstream) -> bool:
     return stream.alpn == "h2" if isinstance(stream, tls.TlsStream) else upstream.protocol == "h2"
+
+
+def _alike(fault: SidecarError) -> SidecarError:
+    """An exception belongs to the task that raises it: each of those who waited gets one of its own."""
+    return type(fault)(fault.detail, code=fault.code, public=fault.public, status=fault.status)

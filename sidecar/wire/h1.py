@@ -333,7 +333,7 @@ LAST_CHUNK = b"0\r\n\r\n"
 def encode_request(head: RequestHead, fields: Iterable[tuple[bytes, bytes]], framing: Framing) -> bytes:
     """The head of a request. `fields` hold neither Host nor framing; the authority and `framing` of the head are written."""
     lines = [f"{head.method} {head.target} HTTP/1.1\r\nhost: {head.authority}\r\n".encode("ascii")]
-    lines += [b"%b: %b\r\n" % field for field in fields if field[0] != b"content-length"]
+    lines += [b"%b: %b\r\n" % field for field in fields if field[0] not in _NOT_FROM_FIELDS]
     if head.upgrade is not None:
         lines.append(f"connection: upgrade\r\nupgrade: {head.upgrade}\r\n".encode("latin-1"))
     if framing == CHUNKED:
@@ -346,6 +346,8 @@ def encode_request(head: RequestHead, fields: Iterable[tuple[bytes, bytes]], fra
 
 
 _WITH_LENGTH = frozenset({"POST", "PUT", "PATCH"})
+_NOT_FROM_FIELDS = frozenset({b"content-length", b"te"})
+"""TE would need a Connection field that names it (RFC 9110 §10.1.4); it was kept for an upstream that may have spoken h2."""
 
 
 def encode_response(head: ResponseHead, framing: Framing, *, bodiless: bool, close: bool) -> bytes:

@@ -38,7 +38,7 @@ class H1Connection:
         self._sent = False
         self._keep = False
         self._switched = False
-        self.body = Incoming(self.stream, self._buffer, 0)
+        self.body = Incoming(self.stream, self._buffer, h1.UNTIL_CLOSE)  # no end has come while no head has
 
     @property
     def reused(self) -> bool:

@@ -144,6 +144,9 @@ async def _next_head(stream: Stream, buffer: bytearray, served: Served) -> bytes
                         return raw
                     if not h1.could_begin_request(buffer):
                         raise ClientFault(code="head_malformed")
+                    if served.idle is not None:  # empty lines begin a head too, and do not begin it again and again
+                        scope.deadline = trio.current_time() + limits.header_timeout
+                        served.idle = None
                     searched = len(buffer)
                 data = await stream.receive_some()
                 if not data:
@@ -151,9 +154,6 @@ async def _next_head(stream: Stream, buffer: bytearray, served: Served) -> bytes
                         served.reason = "head_incomplete"
                     stream.close()
                     return None
-                if not buffer:
-                    scope.deadline = trio.current_time() + limits.header_timeout
-                    served.idle = None
                 buffer += data
     except ClientFault as fault:
         await _refuse(stream, served, fault)

@@ -49,7 +49,7 @@ class Stream:
     """`model.ByteStream` over a connected, non-blocking socket. One task may read while another writes."""
 
     __slots__ = (
-        "_closed", "_read_shared", "_reading", "_recv", "_send", "_sock", "_streak", "_write_shared", "_writing",
+        "_closed", "_drained", "_read_shared", "_reading", "_recv", "_send", "_sock", "_streak", "_write_shared", "_writing",
     )  # fmt: skip
     _wants_to_read: tuple[type[OSError], ...] = (BlockingIOError,)
     _wants_to_write: tuple[type[OSError], ...] = (BlockingIOError,)
@@ -59,6 +59,8 @@ class Stream:
         self._recv: Callable[[int], bytes] = sock.recv
         self._send: Callable[[bytes | memoryview], int] = sock.send
         self._closed = False
+        self._drained = False
+        """Whether the last read took all that there was: then the next one waits before it tries."""
         self._streak = 0
         self._reading = self._writing = False
         self._read_shared: trio.Event | None = None
@@ -71,7 +73,10 @@ class Stream:
     async def receive_some(self, max_bytes: int = 65536) -> bytes:
         if self._closed:
             raise trio.ClosedResourceError("this stream was already closed")
-        await trio.lowlevel.checkpoint_if_cancelled()
+        if self._drained:
+            await self._readable()
+        else:
+            await trio.lowlevel.checkpoint_if_cancelled()
         while True:
             try:
                 data = self._recv(max_bytes)
@@ -85,6 +90,7 @@ class Stream:
                 if self._streak >= _STREAK:
                     await self._rest()
                 self._streak += 1
+                self._drained = len(data) < max_bytes
                 return data
 
     async def send_all(self, data: bytes) -> None:

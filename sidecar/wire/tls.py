@@ -111,7 +111,11 @@ async def accept(sock: socket.socket, context: ssl.SSLContext, judge: Judge) -> 
 
     The socket belongs to the call: it is closed, after the alert has had its time to arrive, if no stream is returned.
     """
-    wrapped = context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False, suppress_ragged_eofs=False)
+    try:
+        wrapped = context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False, suppress_ragged_eofs=False)
+    except OSError as error:  # it was reset before we came to it
+        sock.close()
+        raise HandshakeFailed(str(error), code="handshake_aborted") from error
     return await _shaken(wrapped, "server", judge)
 
 
@@ -120,9 +124,13 @@ async def connect(sock: socket.socket, context: ssl.SSLContext, judge: Judge, se
 
     Raises `PeerRejected`, `PlaintextOnly` where the answer does not begin like a TLS record, or `NotSent`.
     """
-    wrapped = context.wrap_socket(
-        sock, server_hostname=server_name, do_handshake_on_connect=False, suppress_ragged_eofs=False
-    )
+    try:
+        wrapped = context.wrap_socket(
+            sock, server_hostname=server_name, do_handshake_on_connect=False, suppress_ragged_eofs=False
+        )
+    except OSError as error:
+        sock.close()
+        raise NotSent(str(error), code="upstream_reset") from error
     return await _shaken(wrapped, "client", judge)
 
 

@@ -481,6 +481,18 @@ async def h2_ask(peer: Peer, stream_id: int, fields: H2Fields, body: bytes | Non
     return await peer.message(stream_id)
 
 
+class _Shared(Peer):
+    """A peer to which several tasks send."""
+
+    def __init__(self, stream: Stream) -> None:
+        super().__init__(stream)
+        self._turn = trio.Lock()
+
+    async def raw(self, data: bytes) -> None:
+        async with self._turn:
+            await super().raw(data)
+
+
 H2Answer = Callable[[Peer, int], Awaitable[None]]
 
 
@@ -529,12 +541,12 @@ class H2Agent:
                 nursery.start_soon(one, sock)
 
     async def connection(self, stream: Stream) -> None:
-        peer = Peer(stream)
+        peer = _Shared(stream)
         self.peers.append(peer)
         called: set[int] = set()
         try:
             async with trio.open_nursery() as answers:
-                await peer.start(self.settings)
+                await peer.start(self.settings, preface=False)
                 while True:
                     stream_id = (await peer.next()).stream_id
                     message = peer.messages[stream_id]

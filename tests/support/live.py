@@ -6,6 +6,7 @@ last chunk says. What a hostile request turns into is thus what the dullest agen
 
 from __future__ import annotations
 
+import base64
 import json
 import socket
 import ssl
@@ -17,9 +18,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from examples.demo import bundle, kit
-from examples.demo.material import POLICIES
 
 CALLER = "spiffe://example.org/ns/demo/sa/caller"
 HOST = "backend.internal"
@@ -104,16 +105,30 @@ class Seen:
 
     @property
     def target(self) -> bytes:
-        return (self.head.split(b" ", 2) + [b"", b""])[1]
+        return [*self.head.split(b" ", 2), b"", b""][1]
 
     @property
     def fields(self) -> list[tuple[bytes, bytes]]:
-        lines = self.head.rstrip(b"\r\n").split(b"\r\n")[1:]
-        pairs = (line.partition(b":") for line in lines)
-        return [(name.strip().lower(), value.strip()) for name, _, value in pairs]
+        return _pairs(self.head.split(b"\r\n")[1:])
+
+    @property
+    def trailer_fields(self) -> list[tuple[bytes, bytes]]:
+        return _pairs(self.trailers.split(b"\r\n"))
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What policy was asked about this request."""
+        [seen] = self.values(b"x-seen")
+        asked: dict[str, Any] = json.loads(base64.b64decode(seen))
+        return asked
 
     def values(self, name: bytes) -> list[bytes]:
         return [value for found, value in self.fields if found == name]
+
+
+def _pairs(lines: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
+    parted = (line.partition(b":") for line in lines if line)
+    return [(name.strip().lower(), value.strip()) for name, _, value in parted]
 
 
 def requests_in(data: bytes) -> list[Seen]:
@@ -160,7 +175,7 @@ def _chunked(data: bytes) -> tuple[bytes, bytes, bool, bytes]:
 
 @dataclass(slots=True)
 class Live:
-    """A running sidecar. `ports`: by mode, and `h2c` for a strict listener whose agent speaks HTTP/2."""
+    """A running sidecar. `ports`: by mode, `h2c` for a strict listener whose agent speaks HTTP/2, and `outbound`."""
 
     directory: Path
     ports: dict[str, int]
@@ -168,20 +183,18 @@ class Live:
     upstream: Upstream
     ca: kit.CA
     process: subprocess.Popen[bytes]
-    contexts: dict[tuple[str, ...], ssl.SSLContext] = field(default_factory=dict)
+    _contexts: dict[tuple[str, ...], ssl.SSLContext] = field(default_factory=dict)
+    _read: dict[str, int] = field(default_factory=dict)
 
-    def exchanges(self, marker: str) -> list[dict[str, object]]:
-        """The lines of the access log whose path or method names `marker`, once one is there or time is up."""
-        until = time.monotonic() + PATIENCE
-        while True:
-            lines = [json.loads(line) for line in (self.directory / "access.log").read_text().splitlines()]
-            found = [one for one in lines if marker in f"{one.get('method')} {one.get('path')}"]
-            if found or time.monotonic() > until:
-                return found
-            time.sleep(0.05)
-
-    def log(self) -> str:
-        return (self.directory / "access.log").read_text() + (self.directory / "sidecar.log").read_text()
+    def news(self) -> str:
+        """What both logs say since they were last asked."""
+        told = ""
+        for name in ("access.log", "sidecar.log"):
+            with (self.directory / name).open("rb") as log:
+                log.seek(self._read.get(name, 0))
+                told += log.read().decode("utf-8", "backslashreplace")
+                self._read[name] = log.tell()
+        return told
 
     def rss(self) -> int:
         """Resident bytes of the sidecar."""
@@ -189,9 +202,9 @@ class Live:
         return int(status.partition("VmRSS:")[2].split()[0]) * 1024
 
     def context(self, *alpn: str) -> ssl.SSLContext:
-        if alpn not in self.contexts:
-            self.contexts[alpn] = client_context(self.directory / "caller", alpn)
-        return self.contexts[alpn]
+        if alpn not in self._contexts:
+            self._contexts[alpn] = client_context(self.directory / "caller", alpn)
+        return self._contexts[alpn]
 
     def connect(
         self, *, listener: str = "strict", alpn: str = "http/1.1", server_name: str | None = HOST
@@ -257,11 +270,20 @@ def exchange(sock: socket.socket, data: bytes) -> bytes:
     return read_answer(sock)
 
 
-ANYTHING = {
-    "allow": [{"methods": ["*"], "paths": ["/**"], "require_tls": False}],
-    "deny": [{"methods": ["*"], "paths": ["/secret/**"]}],
-}
-"""All but `/secret/**`, so that a disguised way there shows."""
+POLICY = """package sidecar.{direction}
+
+# Tells the upstream what was asked, so that a test can lay it beside what was sent.
+decision := {{
+	"allow": allow,
+	"rule": "test",
+	"request_headers": {{"x-seen": base64.encode(json.marshal(input))}},
+}}
+
+default allow := true
+
+allow := false if input.segments[0] == "secret"
+"""
+"""Allows everything but `/secret/**`, so that a disguised way there shows."""
 
 
 @contextmanager
@@ -271,12 +293,15 @@ def running(directory: Path, opa: Path, **settings: object) -> Iterator[Live]:
     kit.write(directory / "caller", ca.svid("/ns/demo/sa/caller"), {})
     kit.write(directory, ca.svid("/ns/demo/sa/backend"), {"example.org": ca.bundle_pem})
     private, public = bundle.make_keys(directory / "policy", "test-1")
-    rbac = {"roles": {"anything": ANYTHING}, "bindings": {CALLER: ["anything"]}, "anonymous": ["anything"]}
+    (directory / "rego").mkdir()
+    for direction in ("inbound", "outbound"):
+        (directory / "rego" / f"{direction}.rego").write_text(POLICY.format(direction=direction))
+    (directory / "rego" / ".manifest").write_text('{"roots": ["sidecar"]}')
     bundle.build(
-        directory / "policy", opa=opa, policy_dir=POLICIES, data={"sidecar": {"rbac": rbac}}, serial=1,
+        directory / "policy", opa=opa, policy_dir=directory / "rego", data={"sidecar": {}}, serial=1,
         revision="test-1", private_key_path=private, key_id="test-1",
     )  # fmt: skip
-    ports = {name: free_port() for name in ("strict", "permissive", "h2c")}
+    ports = {name: free_port() for name in ("strict", "permissive", "h2c", "outbound", "target")}
     health, url = free_port(), f"http://127.0.0.1:{upstream.port}"
     config = {
         "mtls_mode": "strict",
@@ -287,6 +312,10 @@ def running(directory: Path, opa: Path, **settings: object) -> Iterator[Live]:
             {"listen": f"127.0.0.1:{ports['permissive']}", "upstream": url, "mtls_mode": "permissive"},
             {"listen": f"127.0.0.1:{ports['h2c']}", "upstream": {"url": url, "protocol": "h2c"}},
         ],
+        "outbound": {
+            "listen": f"127.0.0.1:{ports['outbound']}",
+            "routes": [{"target": f"127.0.0.1:{ports['target']}", "authority": HOST, "spiffe_ids": [CALLER]}],
+        },
         "policy": {
             "source": "policy/bundle.tar.gz",
             "keys": {"test-1": {"algorithm": "ES256", "file": str(public.relative_to(directory))}},
@@ -298,7 +327,7 @@ def running(directory: Path, opa: Path, **settings: object) -> Iterator[Live]:
     }  # fmt: skip
     (directory / "sidecar.yaml").write_text(json.dumps(config))
     with (directory / "sidecar.log").open("wb") as log:
-        process = subprocess.Popen(  # noqa: S603
+        process = subprocess.Popen(
             [Path(sys.executable).with_name("sidecar"), "run", "--config", directory / "sidecar.yaml"], stderr=log
         )
     live = Live(directory=directory, ports=ports, health=health, upstream=upstream, ca=ca, process=process)
@@ -322,7 +351,7 @@ def _wait_ready(live: Live) -> None:
             if status(exchange(sock, b"GET /readyz HTTP/1.1\r\nHost: health\r\n\r\n")) == 200:
                 return
         time.sleep(0.05)
-    raise AssertionError(f"the sidecar did not become ready: {live.log()}")
+    raise AssertionError(f"the sidecar did not become ready: {live.news()}")
 
 
 def free_port() -> int:

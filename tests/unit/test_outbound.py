@@ -1,0 +1,207 @@
+"""What is planned for the agent's own request: the route, what the target must prove, and what is asked about it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from sidecar.attempt import Attempt, Ids, Seen
+from sidecar.config import Route
+from sidecar.errors import ClientFault, NoRoute, NotSent, PlaintextOnly
+from sidecar.identity.proven import Proven
+from sidecar.model import Address, Connection, LocalProcess, Request, RequestHead, SpiffeId, Target, Workload
+from sidecar.outbound import Outbound, Routes
+from sidecar.wire.answers import Whole
+
+TARGET = Address(host="budget.internal", port=8443)
+PLAINTEXT = Address(host="budget.internal", port=8000)
+BUDGET = "spiffe://a.test/ns/demo/budget"
+OWN = "spiffe://a.test/ns/demo/me"
+LOCAL = Connection(
+    id="c1", peer=LocalProcess(), remote=Address(host="127.0.0.1", port=40000), local=Address(host="127.0.0.1", port=8080),
+    tls=False, server_name=None, protocol="h1", generation=0,
+)  # fmt: skip
+IDS = Ids(exchange="e1", request="r1", trace="t1", traceparent="00-t1-p1-00")
+HEAD = RequestHead(
+    method="GET", target=Target(path="/budget/x", query="q=1", segments=("budget", "x")), host="localhost", port=8080,
+    fields=(), protocol="HTTP/1.1",
+)  # fmt: skip
+
+
+def route(**given: Any) -> Route:
+    settings: dict[str, Any] = {
+        "name": "budget", "target": TARGET, "authority_host": "budget.internal", "spiffe_ids": frozenset({BUDGET}),
+    }  # fmt: skip
+    return Route(**settings | given)
+
+
+@pytest.fixture
+def proven(tmp_path) -> Proven:
+    memory = Proven(tmp_path / "proven.json")
+    memory.load()
+    return memory
+
+
+class Planner:
+    def __init__(self, proven: Proven, *routes: Route, mode: Any = "strict", own_id: str | None = OWN) -> None:
+        self.failures: list[tuple[str, OSError]] = []
+        in_force = Routes(routes, mode)
+        self.program = Outbound(
+            mode=mode, routes=lambda: in_force, own_id=lambda: own_id, proven=proven,
+            seen=lambda: Seen(headers=frozenset({b"x-tenant"}), query=frozenset({"q"})),
+            remember_failed=lambda name, error: self.failures.append((name, error)), pseudonym=b"us",
+        )  # fmt: skip
+
+    def planned(self, **head: Any) -> Attempt:
+        return self.program.attempt(LOCAL, Request(head=replace(HEAD, **head), body=Whole()), IDS)
+
+
+def test_a_request_goes_to_the_target_of_its_route_under_the_authority_of_its_route(proven):
+    attempt = Planner(proven, route(authority_port=443)).planned(fields=[(b"x-spiffe-id", b"spiffe://a.test/forged")])
+    upstream = attempt.upstream
+    assert (upstream.address, upstream.tls, upstream.protocol) == (TARGET, True, "auto")
+    assert upstream.allowed == frozenset({SpiffeId(trust_domain="a.test", path="/ns/demo/budget")})
+    assert upstream.server_name == "budget.internal"
+    assert attempt.head.authority == "budget.internal:443"
+    assert attempt.head.target == HEAD.target
+    fields = dict(attempt.fields)
+    assert fields[b"x-spiffe-id"] == OWN.encode()
+    assert fields[b"x-forwarded-host"] == b"localhost:8080"
+    assert b"x-forwarded-for" not in fields
+    assert attempt.step_down is None
+
+
+def test_the_question_is_about_what_is_sent_and_names_the_target(proven):
+    inquiry = (
+        Planner(proven, route()).planned(protocol="HTTP/2", fields=[(b"x-tenant", b"t"), (b"cookie", b"c")]).inquiry
+    )
+    assert (inquiry.direction, inquiry.caller, inquiry.caller_reason) == ("outbound", OWN, "local_process")
+    assert (inquiry.host, inquiry.port, inquiry.tls, inquiry.protocol) == ("budget.internal", 8443, True, "HTTP/2")
+    assert inquiry.target == {"address": "budget.internal:8443", "spiffe_ids": [BUDGET], "route": "budget"}
+    assert (inquiry.query, inquiry.headers) == ({"q": ("1",)}, {"x-tenant": ("t",)})
+
+
+def test_the_route_is_that_of_host_and_longest_path(proven):
+    planner = Planner(
+        proven, route(name="a", host="a.test"), route(name="long", path="/budget/x"), route(name="short", path="/budget")
+    )  # fmt: skip
+    names = [
+        planner.planned(host=host, target=replace(HEAD.target, path=path)).inquiry.target["route"]
+        for host, path in [("a.test", "/z"), ("b.test", "/budget/x/y"), ("b.test", "/budget/z")]
+    ]
+    assert names == ["a", "long", "short"]
+    with pytest.raises(NoRoute):
+        planner.planned(host="b.test", target=replace(HEAD.target, path="/other"))
+
+
+def test_routes_that_differ_only_in_what_must_be_proven_ask_for_different_upstreams(proven):
+    other = frozenset({BUDGET, "spiffe://a.test/other"})
+    planner = Planner(proven, route(name="one", host="one.test"), route(name="two", host="two.test", spiffe_ids=other))
+    assert planner.planned(host="one.test").upstream != planner.planned(host="two.test").upstream
+    same = Planner(proven, route(name="one", host="one.test"), route(name="two", host="two.test"))
+    assert same.planned(host="one.test").upstream == same.planned(host="two.test").upstream
+
+
+def test_an_encoded_slash_passes_only_on_a_route_that_takes_it(proven):
+    planner = Planner(proven, route(name="a", host="a.test", allow_encoded_slash=True), route(name="b"))
+    slash = replace(HEAD.target, path="/a%2Fb", segments=("a%2Fb",))
+    assert planner.planned(host="a.test", target=slash).head.target == slash
+    with pytest.raises(ClientFault) as fault:
+        planner.planned(host="b.test", target=slash)
+    assert fault.value.code == "path_slash_encoded"
+
+
+@pytest.mark.parametrize(
+    ("mode", "given", "head", "spoken", "tls"),
+    [
+        ("strict", {}, {}, "auto", True),
+        ("strict", {"protocol": "h2"}, {}, "h2", True),
+        ("strict", {"protocol": "h1"}, {}, "h1", True),
+        ("strict", {"protocol": "h2"}, {"upgrade": "websocket"}, "h1", True),
+        ("disabled", {}, {}, "h1", False),
+        ("disabled", {"protocol": "h2"}, {}, "h2", False),
+        ("disabled", {}, {"fields": [(b"content-type", b"application/grpc")]}, "h2", False),
+    ],
+)
+def test_the_protocol_is_that_of_the_route_unless_the_request_needs_another(proven, mode, given, head, spoken, tls):
+    attempt = Planner(proven, route(**given), mode=mode).planned(**head)
+    assert (attempt.upstream.protocol, attempt.upstream.tls) == (spoken, tls)
+    assert attempt.head.upgrade == head.get("upgrade")
+
+
+def test_where_mtls_is_disabled_nobody_proves_and_nobody_claims_anything(proven):
+    attempt = Planner(proven, route(plaintext=PLAINTEXT), mode="disabled").planned()
+    assert (attempt.upstream.allowed, attempt.upstream.server_name) == (None, None)
+    assert b"x-spiffe-id" not in dict(attempt.fields)
+    assert (attempt.inquiry.tls, attempt.step_down, attempt.proven) == (False, None, None)
+
+
+def test_what_comes_back_to_where_it_was_goes_round_no_more(proven):
+    with pytest.raises(ClientFault) as fault:
+        Planner(proven, route()).planned(fields=[(b"via", b"1.1 us")])
+    assert fault.value.status == 508
+
+
+# ── down to plaintext ─────────────────────────────────────────────────────────────────────────────────────────────
+
+CLOSED = PlaintextOnly("closed", code="upstream_refused")
+
+
+def test_permissive_steps_down_to_the_address_that_the_route_names_without_an_identity(proven):
+    attempt = Planner(proven, route(plaintext=PLAINTEXT), mode="permissive").planned()
+    assert attempt.upstream.tls
+    assert attempt.step_down is not None
+    lower = attempt.step_down(CLOSED)
+    assert (lower.upstream.address, lower.upstream.tls, lower.upstream.allowed) == (PLAINTEXT, False, None)
+    assert lower.inquiry.tls is False
+    assert lower.inquiry.target == {"address": "budget.internal:8000", "spiffe_ids": [BUDGET], "route": "budget"}
+    assert b"x-spiffe-id" not in dict(lower.fields)
+    assert lower.head == attempt.head
+    assert (lower.step_down, lower.proven) == (None, None)
+
+
+@pytest.mark.parametrize(("mode", "plaintext"), [("strict", PLAINTEXT), ("permissive", None), ("disabled", PLAINTEXT)])
+def test_there_is_no_other_way_down(proven, mode, plaintext):
+    assert Planner(proven, route(plaintext=plaintext), mode=mode).planned().step_down is None
+
+
+def test_a_target_that_has_proven_itself_is_not_stepped_down_from(proven):
+    attempt = Planner(proven, route(plaintext=PLAINTEXT), mode="permissive").planned()
+    proven.add(str(TARGET))  # by another request, meanwhile
+    assert attempt.step_down is not None
+    with pytest.raises(NotSent) as refused:
+        attempt.step_down(CLOSED)
+    assert (type(refused.value), refused.value.code) == (NotSent, "plaintext_refused_after_proof")
+
+
+def test_a_memory_that_cannot_be_read_closes_the_way_down(tmp_path):
+    attempt = Planner(Proven(tmp_path / "proven.json"), route(plaintext=PLAINTEXT), mode="permissive").planned()
+    assert attempt.proven is None
+    assert attempt.step_down is not None
+    with pytest.raises(NotSent):
+        attempt.step_down(CLOSED)
+
+
+async def test_a_proof_is_remembered_on_disk_and_not_asked_for_again(proven, tmp_path):
+    planner = Planner(proven, route())
+    attempt = planner.planned()
+    assert attempt.proven is not None
+    await attempt.proven(Workload(id=SpiffeId(trust_domain="a.test", path="/ns/demo/budget"), not_after=2e9))
+    later = Proven(tmp_path / "proven.json")
+    later.load()
+    assert str(TARGET) in later
+    assert planner.planned().proven is None
+    assert planner.failures == []
+
+
+async def test_a_proof_that_cannot_be_kept_is_told_and_holds_up_nothing(proven, tmp_path):
+    planner = Planner(proven, route())
+    attempt = planner.planned()
+    (tmp_path / "proven.new").mkdir()
+    assert attempt.proven is not None
+    await attempt.proven(Workload(id=SpiffeId(trust_domain="a.test", path="/x"), not_after=2e9))
+    ((name, error),) = planner.failures
+    assert (name, type(error)) == (str(TARGET), IsADirectoryError)
+    assert str(TARGET) in proven
