@@ -40,6 +40,7 @@ from sidecar.records.metrics import Metrics
 from sidecar.wire import tls
 from sidecar.wire.client import Client, ClientSettings
 from sidecar.wire.h1_server import Handle, Limits
+from sidecar.wire.headers import fold
 from sidecar.wire.network import Listener, Network, TcpNetwork
 from sidecar.wire.server import Server, Settings
 
@@ -56,6 +57,8 @@ def run(load: Load) -> int:
     errors = LineSink(sys.stderr.fileno())
     access = _access_sink(config)
     log = Log(errors, level=config.log.level)
+    # ssl decodes a server name before it asks us, and tells of what it cannot decode on standard error, in no JSON.
+    sys.unraisablehook = lambda told: log.warning("defect.ignored", detail=type(told.exc_value).__name__)
     app = App(
         config, load=load, network=TcpNetwork(), log=log, access=access,
         lost=lambda: log.failed + errors.dropped + (access.dropped if access is not None else 0),
@@ -406,10 +409,8 @@ _LEVELS: dict[str, Level] = {"identity.update_failed": "error", "identity.warnin
 
 
 def _seen(config: Config) -> Seen:
-    return Seen(
-        headers=frozenset(name.encode("ascii") for name in config.policy_input.headers),
-        query=frozenset(config.policy_input.query),
-    )
+    names = frozenset(name.encode("ascii") for name in config.policy_input.headers)
+    return Seen(headers=names, query=frozenset(config.policy_input.query), reserved=frozenset(map(fold, names)))
 
 
 def _settings(config: Config, mode: Mode | None, limits: Limits) -> Settings:

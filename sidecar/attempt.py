@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
-from sidecar.errors import PlaintextOnly
+from sidecar.errors import ClientFault, PlaintextOnly
 from sidecar.model import Fields, Inquiry, RequestHead, Workload
 from sidecar.wire.client import Upstream
 from sidecar.wire.target import query_pairs
@@ -23,6 +23,8 @@ class Attempt:
     """As it is sent: authority and target are those of the question."""
     fields: Fields
     inquiry: Inquiry
+    reserved: frozenset[bytes] = frozenset()
+    """Folded names that policy sees: what it was shown in the head may not come again in the trailers."""
     proven: Callable[[Workload], Awaitable[None]] | None = None
     """Told when the upstream has proven itself, before anything is sent to it."""
     step_down: Callable[[PlaintextOnly], Attempt] | None = None
@@ -43,6 +45,8 @@ class Seen:
 
     headers: frozenset[bytes]
     query: frozenset[str]
+    reserved: frozenset[bytes] = frozenset()
+    """The same header names, folded."""
 
     def query_of(self, head: RequestHead) -> dict[str, tuple[str, ...]]:
         if not self.query:
@@ -51,7 +55,13 @@ class Seen:
         return {name: values for name, values in pairs.items() if name in self.query}
 
 
-_NOT_TUNNELLED = frozenset({"h2c", "tls"})
+def not_connect(head: RequestHead) -> None:
+    """Raise `ClientFault` for CONNECT: it has no target that could be sent on, and no tunnel waits behind it."""
+    if head.method == "CONNECT":
+        raise ClientFault(code="connect_unsupported", public="CONNECT is not available here", status=501)
+
+
+_NOT_TUNNELLED = frozenset({"h2c", "h2", "http", "tls"})
 """Upgrades of the connection itself, which would let a second protocol past policy."""
 
 

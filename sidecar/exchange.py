@@ -299,7 +299,7 @@ class _Forward:
         async def pump() -> None:
             nonlocal failure, unsent
             try:
-                await stream.send(head, fields, _Sifted(body, "client_gone", self._moved))
+                await stream.send(head, fields, _Sifted(body, "client_gone", self._moved, self._reserved()))
             except Aborted as gone:
                 failure = gone
                 nursery.cancel_scope.cancel()
@@ -316,6 +316,10 @@ class _Forward:
         if failure is not None:
             raise failure
         return None
+
+    def _reserved(self) -> frozenset[bytes]:
+        """Names that were decided on, or set by policy: trailers may not say otherwise."""
+        return self._attempt.reserved | {headers.fold(name.encode()) for name in self._permit.allow.request_headers}
 
     async def _respond(self, stream: UpstreamStream) -> None:
         while True:
@@ -374,9 +378,12 @@ def _where(error: Exception) -> str:
 class _Sifted:
     """A body whose trailers lose what may not pass, and whose breaking off says whose doing it was."""
 
-    __slots__ = ("_body", "_code", "_moved", "length")
+    __slots__ = ("_body", "_code", "_moved", "_reserved", "length")
 
-    def __init__(self, body: Body, code: str, moved: Callable[[], None]) -> None:
+    def __init__(
+        self, body: Body, code: str, moved: Callable[[], None], reserved: frozenset[bytes] = frozenset()
+    ) -> None:
+        self._reserved = reserved
         self._body = body
         self._code = code
         self._moved = moved
@@ -393,7 +400,7 @@ class _Sifted:
             gone.code = self._code
             raise
         self._moved()
-        return Trailers(headers.trailer_fields(item.fields)) if isinstance(item, Trailers) else item
+        return Trailers(headers.trailer_fields(item.fields, self._reserved)) if isinstance(item, Trailers) else item
 
 
 async def _tunnel(client: ByteStream, upstream: ByteStream, moved: Callable[[], None]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from urllib.parse import quote
 
-from sidecar.attempt import Attempt, Ids, Seen, is_grpc, sendable
+from sidecar.attempt import Attempt, Ids, Seen, is_grpc, not_connect, sendable
 from sidecar.config import AgentUpstream
 from sidecar.errors import ClientFault
 from sidecar.model import Anonymous, Connection, Direction, Inquiry, Mode, Request, RequestHead, Workload
@@ -37,6 +37,7 @@ class Inbound:
 
     def attempt(self, connection: Connection, request: Request, ids: Ids) -> Attempt:
         head = request.head
+        not_connect(head)
         if connection.server_name is not None and head.host != connection.server_name:
             raise ClientFault(
                 f"{head.host} was asked of {connection.server_name}",
@@ -58,7 +59,9 @@ class Inbound:
             headers=headers.policy_headers(fields, seen.headers), mtls_mode=self.mode, tls=connection.tls,
             host=head.host, port=head.port or connection.local.port, protocol=head.protocol,
         )  # fmt: skip
-        return Attempt(upstream=upstream, head=sendable(head, upstream), fields=fields, inquiry=inquiry)
+        return Attempt(
+            upstream=upstream, head=sendable(head, upstream), fields=fields, inquiry=inquiry, reserved=seen.reserved
+        )
 
     def _upstream(self, head: RequestHead) -> Upstream:
         if self._protocol == "h1":

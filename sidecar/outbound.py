@@ -14,7 +14,7 @@ from typing import Literal
 
 import trio
 
-from sidecar.attempt import Attempt, Ids, Seen, is_grpc, sendable
+from sidecar.attempt import Attempt, Ids, Seen, is_grpc, not_connect, sendable
 from sidecar.config import Route, RouteTable
 from sidecar.errors import ClientFault, NoRoute, NotSent, PlaintextOnly
 from sidecar.identity.proven import Proven
@@ -100,6 +100,7 @@ class Outbound:
         self._remember_failed = remember_failed
 
     def attempt(self, connection: Connection, request: Request, ids: Ids) -> Attempt:
+        not_connect(request.head)
         headers.via_loops(request.head.fields, self._pseudonym)
         leg = self._routes().leg(request.head.host, request.head.target.path)
         first = self._attempt(leg, leg.upstream, leg.target, request, ids)
@@ -140,7 +141,10 @@ class Outbound:
             except OSError as error:
                 self._remember_failed(name, error)
 
-        return Attempt(upstream=upstream, head=head, fields=fields, inquiry=inquiry, proven=None if known else remember)
+        return Attempt(
+            upstream=upstream, head=head, fields=fields, inquiry=inquiry, reserved=seen.reserved,
+            proven=None if known else remember,
+        )  # fmt: skip
 
     def _stepped_down(self, leg: _Leg, request: Request, ids: Ids, fault: PlaintextOnly) -> Attempt:
         """The plaintext attempt, or the fault where the target has proven itself before: then a closed port is no excuse."""

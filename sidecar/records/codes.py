@@ -13,7 +13,7 @@ _CONNECTION = """
     anchor_foreign peer_rejected peer_unexpected session_resumed svid_ext_key_usage svid_ext_malformed
     svid_id_malformed svid_is_ca svid_key_usage svid_malformed svid_many_uris svid_missing_uri svid_not_spiffe
     trust_domain_unknown
-    connections_exhausted drain_timeout draining exchange_aborted idle_timeout no_bytes plaintext_refused
+    connections_exhausted drain_timeout evicted draining exchange_aborted idle_timeout no_bytes plaintext_refused
     peer_no_longer_trusted reset_by_peer
     h2_cancel h2_compression_error h2_connect_error h2_enhance_your_calm h2_flow_control_error h2_frame_size_error
     h2_http_1_1_required h2_inadequate_security h2_internal_error h2_no_error h2_protocol_error h2_refused_stream

@@ -61,7 +61,18 @@ class Served:
     `idle` bounds the waits between requests: cancelling it ends the connection where nothing is lost by that.
     """
 
-    __slots__ = ("connection", "draining", "exchanges", "fresh", "handle", "idle", "limits", "on_drain", "reason")
+    __slots__ = (
+        "connection",
+        "draining",
+        "evicted",
+        "exchanges",
+        "fresh",
+        "handle",
+        "idle",
+        "limits",
+        "on_drain",
+        "reason",
+    )
 
     def __init__(
         self, connection: Connection, handle: Handle, limits: Limits, fresh: Callable[[], bool], *, draining: bool
@@ -77,6 +88,8 @@ class Served:
         """Told of a drain while `idle` is not set, where the driver has something to say to its peer then (GOAWAY)."""
         self.exchanges = 0
         self.reason: str | None = None
+        self.evicted = False
+        """Ended while idle, to make room for somebody else."""
 
     def drain(self) -> None:
         """Finish what is open and take nothing new."""

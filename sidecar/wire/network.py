@@ -23,6 +23,8 @@ from sidecar.model import Address
 
 _STREAK = 8
 _BACKLOG = 1024
+_TCP_CLOSE = 7
+"""`tcpi_state` of TCP_INFO (linux/tcp.h)."""
 _LINGER_ZERO = struct.pack("ii", 1, 0)
 
 
@@ -122,6 +124,13 @@ class Stream:
         except OSError:
             return True
         return True
+
+    def was_reset(self) -> bool:
+        """Whether the kernel has seen the connection go, by a reset or by giving up on the peer. Not by a half-close."""
+        try:
+            return not self._closed and self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_CLOSE
+        except OSError:
+            return False  # no TCP
 
     async def send_eof(self) -> None:
         await trio.lowlevel.checkpoint()
@@ -235,6 +244,7 @@ async def drop_input(sock: socket.socket) -> None:
         try:
             if not socket.socket.recv(sock, 65536):
                 return
+            await trio.lowlevel.checkpoint()  # whoever sends faster than we read must not keep everybody else waiting
         except BlockingIOError:
             await trio.lowlevel.wait_readable(sock)
         except OSError:

@@ -22,6 +22,7 @@ from sidecar.wire import h1_server, h2_server, tls
 from sidecar.wire.h1_server import Handle, Limits, Served
 from sidecar.wire.network import Listener, Stream, accept_forever, peek
 
+_RESET_INTERVAL = 0.25
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
 _REFUSAL = b'{"type":"about:blank","title":"this port takes mutual TLS only","status":426,"code":"plaintext_refused"}'
@@ -71,7 +72,10 @@ class Server:
         self._credentials = credentials
         prefix = os.urandom(4).hex()
         self._ids = (f"{prefix}-{number}" for number in count(1))
-        self._served: set[Served] = set()
+        self._lives: set[_Life] = set()
+        self._served: dict[Served, None] = {}
+        self._settling: dict[trio.CancelScope, None] = {}
+        """Connections whose peer is not settled yet, oldest first."""
         self._open = 0
         self._emptied = trio.Event()
         self._draining = False
@@ -92,7 +96,22 @@ class Server:
                 self._open += 1
                 nursery.start_soon(self._connection, sock, remote, listener.address)
 
+            nursery.start_soon(self._notice_resets)
             await accept_forever(listener, connected, failed)
+            await self.wait_empty()
+            nursery.cancel_scope.cancel()
+
+    async def _notice_resets(self) -> None:
+        """End h1 connections whose client has reset while its answer is made: nobody reads from them to find out.
+
+        A client that has only ended its side still gets its answer (RFC 9112 §9.6).
+        """
+        while True:
+            await trio.sleep(_RESET_INTERVAL)
+            for life in list(self._lives):
+                served, stream = life.served, life.stream
+                if served and stream and served.connection.protocol == "h1" and stream.was_reset():
+                    life.scope.cancel()
 
     async def wait_empty(self) -> None:
         """Wait until no connection is open."""
@@ -108,8 +127,12 @@ class Server:
     async def _connection(self, sock: socket.socket, remote: Address, local: Address) -> None:
         """The whole life of one connection, and its record. Nothing but cancellation comes out of it."""
         life = _Life(connection_id=next(self._ids), remote=remote)
+        self._lives.add(life)
         try:
-            await self._live(sock, local, life)
+            with life.scope:
+                await self._live(sock, local, life)
+            if life.scope.cancelled_caught:
+                life.ended("aborted", "reset_by_peer")
         except Exception as error:  # noqa: BLE001  (the one catch-all: a defect ends its connection, not the listener)
             life.failed(error)
         except BaseException:
@@ -119,26 +142,51 @@ class Server:
             if life.stream is not None:
                 life.stream.abort()  # what is still open here was cut off
             sock.close()
+            self._lives.discard(life)
             self._open -= 1
             if self._open == 0:
                 self._emptied.set()
                 self._emptied = trio.Event()
             if life.served is not None:
-                self._served.discard(life.served)
+                self._served.pop(life.served, None)
             self._ended(life.record(self.direction))
 
     async def _live(self, sock: socket.socket, local: Address, life: _Life) -> None:
         if self._open > self.settings.max_connections:
-            raise _Refused("overloaded", "connections_exhausted")
+            self._make_room()
         with trio.move_on_after(self.settings.handshake_timeout) as patience:
-            stream, buffer, connection = await self._settle(sock, life.connection_id, life.remote, local)
+            self._settling[patience] = None
+            try:
+                stream, buffer, connection = await self._settle(sock, life.connection_id, life.remote, local)
+            finally:
+                self._settling.pop(patience, None)
         if patience.cancelled_caught:
+            if trio.current_time() < patience.deadline:
+                raise _Refused("overloaded", "evicted")
             raise _Refused("handshake_failed", "handshake_timeout")
         fresh = _Freshness(stream, connection, self._credentials)
         life.stream = stream
         life.served = Served(connection, self._handle, self.settings.limits, fresh, draining=self._draining)
-        self._served.add(life.served)
+        self._served[life.served] = None
         await (h2_server if connection.protocol == "h2" else h1_server).serve(stream, buffer, life.served)
+        if life.served.evicted:
+            life.ended("overloaded", "evicted")
+
+    def _make_room(self) -> None:
+        """End a connection for the one that has come: the oldest whose peer is not settled, else the oldest that is idle.
+
+        So the silent cannot keep out who has something to say. Refuses the newcomer where all are busy.
+        """
+        if (patience := next(iter(self._settling), None)) is not None:
+            del self._settling[patience]
+            patience.cancel()
+            return
+        for served in self._served:
+            if served.idle is not None and not served.evicted:
+                served.evicted = True
+                served.idle.cancel()
+                return
+        raise _Refused("overloaded", "connections_exhausted")
 
     async def _settle(
         self, sock: socket.socket, connection_id: str, remote: Address, local: Address
@@ -182,6 +230,7 @@ class _Life:
     def __init__(self, *, connection_id: str, remote: Address) -> None:
         self.connection_id = connection_id
         self.remote = remote
+        self.scope = trio.CancelScope()
         self.stream: Stream | None = None
         self.served: Served | None = None
         self._started_at, self._started = time.time(), trio.current_time()

@@ -7,7 +7,7 @@ import json
 import pytest
 import trio
 
-from sidecar.errors import PeerRejected
+from sidecar.errors import NotSent, PeerRejected
 from support.flow import AGENT, HANG, UNDEFINED, ask, get, read_message, status, world
 
 
@@ -153,6 +153,31 @@ async def test_a_silent_client_delays_nobody(autojump_clock, tmp_path):
         assert trio.current_time() - began < 6
         await trio.sleep(2)
         assert {line["reason"] for line in it.access.events("connection.ended")} >= {"handshake_timeout"}
+
+
+async def test_whoever_is_idle_makes_room_for_whoever_comes(autojump_clock, tmp_path):
+    async with world(tmp_path, extra="limits: {max_connections: 3}\n") as it:
+        credentials = it.credentials()
+        idle = [await it.client(credentials) for _ in range(3)]
+        for stream in idle:
+            assert status(await ask(stream, get())) == 200
+        assert status(await ask(await it.client(credentials), get())) == 200
+        assert await idle[0].receive_some() == b""
+        assert status(await ask(idle[2], get())) == 200
+        await trio.sleep(1)
+        (line,) = it.access.events("connection.ended")
+        assert (line["outcome"], line["reason"]) == ("overloaded", "evicted")
+
+
+async def test_whoever_is_busy_is_not_put_out(autojump_clock, tmp_path):
+    async with world(tmp_path, extra="limits: {max_connections: 2}\n") as it:
+        credentials = it.credentials()
+        it.agent.before = trio.sleep_forever
+        for _ in range(2):
+            await (await it.client(credentials)).send_all(get())
+        await trio.sleep(1)
+        with pytest.raises(NotSent):
+            await it.client(credentials)
 
 
 async def test_another_authority_than_the_handshakes_name_is_421(autojump_clock, tmp_path):

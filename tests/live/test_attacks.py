@@ -670,7 +670,6 @@ def test_flood_over_h2_ends_its_own_connection_only(live: Live, name: str) -> No
 # ── what is known to be open ──────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.xfail(reason="the pattern of a trailer line backtracks", strict=True)
 @pytest.mark.parametrize("line", [b"a:" + b" " * 1200 + b"\x01", b"a:x" + b" " * 20000 + b"y"], ids=["bad", "good"])
 def test_long_trailer_holds_up_nobody(live: Live, line: bytes) -> None:
     with live.connect() as sock:
@@ -679,7 +678,6 @@ def test_long_trailer_holds_up_nobody(live: Live, line: bytes) -> None:
         assert seconds(live, tries=1) < 0.6
 
 
-@pytest.mark.xfail(reason="trailers are not held against the names that policy sees", strict=True)
 def test_trailer_may_not_say_what_policy_has_seen_in_the_head(live: Live) -> None:
     body = b"0\r\nX-Role: admin\r\n\r\n"
     with live.connect() as sock:
@@ -690,7 +688,6 @@ def test_trailer_may_not_say_what_policy_has_seen_in_the_head(live: Live) -> Non
     assert all(b"admin" not in request.trailers for request in live.upstream.about("/roles"))
 
 
-@pytest.mark.xfail(reason="CONNECT is sent on without a target", strict=True)
 def test_connect_over_h1_is_refused_as_over_h2(live: Live) -> None:
     with live.connect(server_name=None) as sock:
         answer = exchange(sock, b"CONNECT backend.internal:443 HTTP/1.1\r\nHost: backend.internal:443\r\n\r\n")
@@ -715,14 +712,13 @@ def test_request_that_kills_the_agent_is_not_tried_on_every_kept_connection(live
     assert len(live.upstream.about("/killer")) <= 3
 
 
-@pytest.mark.xfail(reason="nobody looks at the client while the upstream is silent", strict=True)
 def test_client_that_reset_frees_its_place_at_once(live: Live) -> None:
     live.upstream.scripts[b"/hang"] = lambda _sock, _head: time.sleep(3)
     with live.connect(listener="permissive", alpn="") as sock:
         sock.sendall(get().replace(b"/here", b"/hang"))
         time.sleep(0.3)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    time.sleep(0.5)
+    time.sleep(1)
     assert open_exchanges(live) == 0
 
 
@@ -740,7 +736,6 @@ def crowded(opa: Path, tmp_path: Path) -> Iterator[Live]:
         yield running
 
 
-@pytest.mark.xfail(reason="a full listener refuses whoever comes, and keeps whoever is silent", strict=True)
 @pytest.mark.parametrize("place", ["strict", "health"])
 def test_silent_strangers_cannot_fill_a_listener(live: Live, crowded: Live, place: str) -> None:
     port = crowded.health if place == "health" else crowded.ports[place]
@@ -767,7 +762,6 @@ def test_silent_target_holds_up_all_who_ask_for_it_only_once(opa: Path, tmp_path
         assert answers == [504] * 5
 
 
-@pytest.mark.xfail(reason="ssl tells of a server name that is not ASCII on standard error", strict=True)
 def test_server_name_that_is_no_text_leaves_the_log_whole(live: Live) -> None:
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
     hello = live.context("http/1.1").wrap_bio(incoming, outgoing, server_hostname="aaaaaaaa.internal")
