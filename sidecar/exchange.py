@@ -21,6 +21,7 @@ import time
 import traceback
 from collections.abc import Callable
 from itertools import count
+from time import perf_counter
 from typing import Protocol
 
 import trio
@@ -133,7 +134,7 @@ class Pipeline:
 
     async def handle(self, connection: Connection, request: Request, reply: Reply) -> None:
         """Carry one request from its head to its record. Nothing but cancellation comes out of it."""
-        started_at, started = time.time(), trio.current_time()
+        started_at, started = time.time(), perf_counter()
         ids = _ids(next(self._ids), request.head.fields)
         notes = _Notes()
         self._live.enter(ids.exchange, self.program.direction)
@@ -192,7 +193,7 @@ class Pipeline:
             return
 
     async def _decide(self, attempt: Attempt, ids: Ids, notes: _Notes) -> Allow | Deny:
-        began = trio.current_time()
+        began = perf_counter()
         decision: Allow | Deny | None = None
         code: str | None = "cancelled"
         try:
@@ -202,7 +203,7 @@ class Pipeline:
             code = error.code
             raise
         finally:
-            seconds = trio.current_time() - began
+            seconds = perf_counter() - began
             notes.decision = decision
             notes.decision_seconds += seconds
             self._recorder.decided(
@@ -289,7 +290,7 @@ class _Forward:
         head, fields, body = self._attempt.head, self._attempt.fields, self._permit.request.body
         if self._permit.allow.request_headers:
             fields = headers.with_added(fields, self._permit.allow.request_headers)
-        self._began = trio.current_time()
+        self._began = perf_counter()
         if body.length == 0:
             await stream.send(head, fields, body)
             return await self._respond(stream)
@@ -329,7 +330,7 @@ class _Forward:
                 break
             fields = headers.response(head.fields, via=self._via)
             await self._reply.interim(ResponseHead(status=head.status, fields=fields))
-        self._notes.upstream_seconds = trio.current_time() - self._began
+        self._notes.upstream_seconds = perf_counter() - self._began
         self._notes.status = head.status
         fields = headers.response(head.fields, self._permit.allow.response_headers, via=self._via)
         answer = ResponseHead(status=head.status, fields=fields)
@@ -444,7 +445,7 @@ def _record(
         trace_id=ids.trace,
         direction=program.direction,
         started_at=started_at,
-        seconds=trio.current_time() - started,
+        seconds=perf_counter() - started,
         peer=connection.peer,
         remote=connection.remote,
         mtls_mode=program.mode,

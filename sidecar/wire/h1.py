@@ -219,9 +219,17 @@ def response_head(raw: bytes, *, method: str, max_header_fields: int) -> tuple[R
     if not modern and parser.get_http_version() != "1.0":
         raise MaybeSent("neither HTTP/1.1 nor HTTP/1.0", code="upstream_malformed")
     status = parser.get_status_code()
-    lengths = [value for name, value in collected.fields if name == b"content-length"]
-    codings = [value for name, value in collected.fields if name == b"transfer-encoding"]
-    connection = b",".join(value.lower() for name, value in collected.fields if name == b"connection")
+    lengths: list[bytes] = []
+    codings: list[bytes] = []
+    connection = b""
+    for name, value in collected.fields:
+        if name in _FRAMING:
+            if name == b"content-length":
+                lengths.append(value)
+            elif name == b"transfer-encoding":
+                codings.append(value)
+            elif name == b"connection":
+                connection += b"," + value.lower()
     options = [option.strip() for option in connection.split(b",")] if connection else ()
     keep = b"close" not in options and (modern or b"keep-alive" in options)
     framing = _response_framing(method, status, lengths, codings)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import trio
 
@@ -55,6 +56,10 @@ class NoLongerTrusted(ClientFault):
     public = "the identity of this connection is no longer accepted"
 
 
+class Wait(Protocol):
+    def cancel(self) -> None: ...
+
+
 class Served:
     """What a connection's protocol driver needs of the server around it, and tells it.
 
@@ -62,17 +67,9 @@ class Served:
     """
 
     __slots__ = (
-        "connection",
-        "draining",
-        "evicted",
-        "exchanges",
-        "fresh",
-        "handle",
-        "idle",
-        "limits",
-        "on_drain",
-        "reason",
-    )
+        "connection", "draining", "evicted", "exchanges", "fresh", "handle", "idle", "limits", "on_drain", "reason",
+        "waiting", "waiting_until",
+    )  # fmt: skip
 
     def __init__(
         self, connection: Connection, handle: Handle, limits: Limits, fresh: Callable[[], bool], *, draining: bool
@@ -83,13 +80,21 @@ class Served:
         self.fresh = fresh
         """Raises nothing: whether the peer would still be accepted, were it to connect now."""
         self.draining = draining
-        self.idle: trio.CancelScope | None = None
+        self.idle: Wait | None = None
+        self.waiting: Wait | None = None
+        """What to end at `waiting_until`, where the driver leaves that to the server's look-out."""
+        self.waiting_until = 0.0
         self.on_drain: Callable[[], None] | None = None
         """Told of a drain while `idle` is not set, where the driver has something to say to its peer then (GOAWAY)."""
         self.exchanges = 0
         self.reason: str | None = None
         self.evicted = False
         """Ended while idle, to make room for somebody else."""
+
+    def check(self, now: float) -> None:
+        """End a wait whose time is up. Called now and then by the server, on the run's clock."""
+        if self.waiting is not None and self.waiting_until <= now:
+            self.waiting.cancel()
 
     def drain(self) -> None:
         """Finish what is open and take nothing new."""
@@ -102,8 +107,9 @@ class Served:
 
 async def serve(stream: Stream, buffer: bytearray, served: Served) -> None:
     """Serve requests until the client or we end the connection. `buffer` holds what was read of it already."""
+    patience = _Patience(stream)
     while True:
-        raw = await _next_head(stream, buffer, served)
+        raw = await _next_head(stream, buffer, served, patience)
         if raw is None:
             return
         try:
@@ -135,56 +141,87 @@ async def serve(stream: Stream, buffer: bytearray, served: Served) -> None:
             return
 
 
-async def _next_head(stream: Stream, buffer: bytearray, served: Served) -> bytes | None:
-    """The bytes of the next head, or None where the connection is over (and closed)."""
+class _Patience:
+    """Our own end to the wait for a head, without a cancel scope for each request.
+
+    What has arrived by then is read all the same, so that no request is lost to it.
+    """
+
+    __slots__ = ("_stream", "over")
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self.over = False
+
+    def cancel(self) -> None:
+        self.over = True
+        self._stream.interrupt()
+
+
+async def _read_head(stream: Stream, buffer: bytearray, served: Served, patience: _Patience) -> bytes | None:
+    """Read until a whole head is there; None at the end of the input, or of our patience. Raises `ClientFault`."""
     limits = served.limits
     searched = 0
+    while True:
+        if buffer:
+            while not searched and buffer[:2] == b"\r\n":
+                del buffer[:2]  # an empty line before a request is to be ignored (RFC 9112 §2.2)
+            end = h1.head_end(buffer, searched, limits.max_header_bytes)
+            if end:
+                raw = bytes(buffer[:end])
+                del buffer[:end]
+                return raw
+            if not h1.could_begin_request(buffer):
+                raise ClientFault(code="head_malformed")
+            if served.idle is not None:  # empty lines begin a head too, and do not begin it again and again
+                served.waiting_until = trio.current_time() + limits.header_timeout
+                served.idle = None
+            searched = len(buffer)
+        if patience.over:
+            return None
+        data = await stream.receive_some()
+        if not data:
+            return None
+        buffer += data
+
+
+async def _next_head(stream: Stream, buffer: bytearray, served: Served, patience: _Patience) -> bytes | None:
+    """The bytes of the next head, or None where the connection is over (and closed)."""
+    limits = served.limits
+    began = trio.current_time()
+    served.waiting = patience
+    if buffer:
+        served.waiting_until = began + limits.header_timeout
+    else:
+        served.waiting_until = began + limits.idle_timeout
+        served.idle = patience
+        if served.draining:
+            patience.cancel()
     try:
-        with trio.CancelScope(deadline=trio.current_time() + limits.idle_timeout) as scope:
-            served.idle = None if buffer else scope
-            if not buffer and served.draining:
-                scope.cancel()
-            elif buffer:
-                scope.deadline = trio.current_time() + limits.header_timeout
-            while True:
-                if buffer:
-                    while not searched and buffer[:2] == b"\r\n":
-                        del buffer[:2]  # an empty line before a request is to be ignored (RFC 9112 §2.2)
-                    end = h1.head_end(buffer, searched, limits.max_header_bytes)
-                    if end:
-                        raw = bytes(buffer[:end])
-                        del buffer[:end]
-                        return raw
-                    if not h1.could_begin_request(buffer):
-                        raise ClientFault(code="head_malformed")
-                    if served.idle is not None:  # empty lines begin a head too, and do not begin it again and again
-                        scope.deadline = trio.current_time() + limits.header_timeout
-                        served.idle = None
-                    searched = len(buffer)
-                data = await stream.receive_some()
-                if not data:
-                    if buffer:
-                        served.reason = "head_incomplete"
-                    stream.close()
-                    return None
-                buffer += data
+        raw = await _read_head(stream, buffer, served, patience)
+        if raw is not None:
+            return raw
     except ClientFault as fault:
         await _refuse(stream, served, fault)
         return None
     except _GONE:
-        # On a kept connection an idle client that resets instead of ending has done nothing wrong.
-        served.reason = "head_incomplete" if buffer else None if served.exchanges else "reset_by_peer"
-        stream.close()
-        return None
+        if not patience.over:
+            # On a kept connection an idle client that resets instead of ending has done nothing wrong.
+            served.reason = "head_incomplete" if buffer else None if served.exchanges else "reset_by_peer"
+            stream.close()
+            return None
     finally:
-        served.idle = None
-    if buffer:
+        served.idle = served.waiting = None
+    if not patience.over:
+        served.reason = "head_incomplete" if buffer else None
+        stream.close()
+    elif buffer:
         await _refuse(
             stream, served, ClientFault(code="head_timeout", public="the header section took too long", status=408)
         )
     else:
         served.reason = "draining" if served.draining else "idle_timeout"
-        await stream.close_gently(served.limits.linger_timeout)
+        await stream.close_gently(limits.linger_timeout)
     return None
 
 

@@ -132,6 +132,14 @@ class Stream:
         except OSError:
             return False  # no TCP
 
+    def interrupt(self) -> None:
+        """Wake whoever waits on this stream with `trio.ClosedResourceError`, and leave the stream as it is.
+
+        A task that has been woken by its input already is not touched, and reads it.
+        """
+        if not self._closed:
+            trio.lowlevel.notify_closing(self._sock)
+
     async def send_eof(self) -> None:
         await trio.lowlevel.checkpoint()
         if not self._closed:

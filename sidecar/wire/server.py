@@ -22,7 +22,8 @@ from sidecar.wire import h1_server, h2_server, tls
 from sidecar.wire.h1_server import Handle, Limits, Served
 from sidecar.wire.network import Listener, Stream, accept_forever, peek
 
-_RESET_INTERVAL = 0.25
+_LOOK_OUT_INTERVAL = 0.5
+"""Seconds; waits end at most that much late."""
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
 _REFUSAL = b'{"type":"about:blank","title":"this port takes mutual TLS only","status":426,"code":"plaintext_refused"}'
@@ -96,21 +97,24 @@ class Server:
                 self._open += 1
                 nursery.start_soon(self._connection, sock, remote, listener.address)
 
-            nursery.start_soon(self._notice_resets)
+            nursery.start_soon(self._look_out)
             await accept_forever(listener, connected, failed)
             await self.wait_empty()
             nursery.cancel_scope.cancel()
 
-    async def _notice_resets(self) -> None:
-        """End h1 connections whose client has reset while its answer is made: nobody reads from them to find out.
+    async def _look_out(self) -> None:
+        """End the waits whose time is up, and h1 connections whose client has reset while its answer is made.
 
-        A client that has only ended its side still gets its answer (RFC 9112 §9.6).
+        Nobody reads from those to find out. A client that has only ended its side still gets its answer (RFC 9112 §9.6).
         """
         while True:
-            await trio.sleep(_RESET_INTERVAL)
+            await trio.sleep(_LOOK_OUT_INTERVAL)
+            now = trio.current_time()
             for life in list(self._lives):
-                served, stream = life.served, life.stream
-                if served and stream and served.connection.protocol == "h1" and stream.was_reset():
+                if life.served is None or life.stream is None:
+                    continue
+                life.served.check(now)
+                if life.served.connection.protocol == "h1" and life.stream.was_reset():
                     life.scope.cancel()
 
     async def wait_empty(self) -> None:

@@ -79,10 +79,19 @@ async def serving(
         await handle(request, reply)
 
     served = Served(CONNECTION, handler, Limits(**limits), fresh, draining=draining)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(h1_server.serve, ours, bytearray(first), served)
-        yield theirs, served
-        theirs.close()
+
+    async def look_out() -> None:
+        while True:
+            await trio.sleep(0.1)
+            served.check(trio.current_time())
+
+    async with trio.open_nursery() as background:
+        background.start_soon(look_out)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(h1_server.serve, ours, bytearray(first), served)
+            yield theirs, served
+            theirs.close()
+        background.cancel_scope.cancel()
     assert ours.closed
     ours.close()
 
@@ -134,7 +143,7 @@ async def test_a_head_that_does_not_end_is_answered_408(autojump_clock, raw):
         await trio.sleep(9)
         await client.send_all(b"")
         assert (await client.receive_some()).startswith(b"HTTP/1.1 408 ")
-        assert trio.current_time() - began == pytest.approx(10)
+        assert trio.current_time() - began == pytest.approx(10, abs=0.2)
     assert served.reason == "head_timeout"
 
 
