@@ -239,7 +239,7 @@ class World:
         )()
         pipeline = Pipeline(
             program=self, decisions=self, client=self.client, recorder=recorder, live=self,
-            idle_timeout=lambda: self.idle_timeout,
+            idle_timeout=lambda: self.idle_timeout, stopwatch=trio.current_time,
         )  # type: ignore[arg-type]  # fmt: skip
         request = Request(head=replace(HEAD, **head), body=body or Whole())
         await pipeline.handle(CONNECTION, request, self.reply)
