@@ -1,4 +1,5 @@
 # Everything that a developer or a newcomer runs. `make check` is the one door before each commit.
+# Another interpreter: `make test PYTHON=python3.13 VENV=.venv-3.13`.
 # Needs Python >= 3.11 and make; the rest is installed here: packages by uv from uv.lock (hashed), OPA by `sidecar opa install`.
 
 PYTHON ?= python3
