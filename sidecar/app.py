@@ -174,7 +174,10 @@ class App:
         nursery.start_soon(self._flush_forever)
         await nursery.start(self._client.run)
         self._accept(nursery, self._health)
-        await nursery.start(self._decisions.run)
+        try:
+            await nursery.start(self._decisions.run)
+        except OperatorFault as fault:
+            raise _about_policy(fault, self.config) from fault
         self._accept(nursery, self._inbound + self._outbound)
         self._listening = True
 
@@ -328,7 +331,7 @@ class App:
                 tls.Credentials(reading.identity, verify.judge)
             routes = Routes(new.outbound.routes, new.outbound.mtls_mode) if new.outbound is not None else None
             if isinstance(self._decisions, Engine):
-                await self._decisions.reload(_policy(new))
+                await self._reload_policy(self._decisions, new)
             if self._access is not None:
                 self._access.reopen()
         except OperatorFault as fault:  # a `ConfigError` tells all its problems at once
@@ -336,6 +339,13 @@ class App:
             return
         self._apply(new, routes, reading, nursery)
         self._event("config.reloaded", changed=list(changed.live))
+
+    async def _reload_policy(self, engine: Engine, new: Config) -> None:
+        policy = _policy(new)
+        try:
+            await engine.reload(policy)
+        except OperatorFault as fault:
+            raise _about_policy(fault, new) from fault
 
     def _apply(
         self, new: Config, routes: Routes | None, reading: pem_files.Reading | None, nursery: trio.Nursery
@@ -426,6 +436,13 @@ def _client_settings(config: Config) -> ClientSettings:
         idle_timeout=config.timeouts.idle, max_header_bytes=config.limits.max_header_bytes,
         max_header_fields=config.limits.max_header_fields,
     )  # fmt: skip
+
+
+def _about_policy(fault: OperatorFault, config: Config) -> OperatorFault:
+    """The fault, with the key that names the bundle where it is about the bundle."""
+    if config.policy is None or not fault.code.startswith("bundle_"):
+        return fault
+    return OperatorFault(f"policy.source: {config.policy.source}: {fault}", code=fault.code)
 
 
 def _policy(config: Config) -> Policy:

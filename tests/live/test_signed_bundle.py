@@ -10,6 +10,7 @@ import shutil
 import socket
 import stat
 import subprocess
+import sys
 import tarfile
 import tempfile
 import time
@@ -23,6 +24,7 @@ import pytest
 
 from examples.demo import bundle
 from sidecar.decision.policy import Policy, configuration
+from support import live as sidecars
 
 pytestmark = pytest.mark.live
 
@@ -280,3 +282,22 @@ def test_private_key_is_for_its_owner_and_never_overwritten(tmp_path: Path) -> N
     with pytest.raises(FileExistsError):
         bundle.make_keys(tmp_path)
     assert private.read_bytes() == before
+
+
+def test_a_refused_start_names_the_key_of_the_configuration(tmp_path: Path, opa: Path) -> None:
+    """Through the program itself: exit code 1, one sentence, no traceback, and the dotted path."""
+    with sidecars.running(tmp_path, opa) as live:
+        config = live.directory / "sidecar.yaml"
+        settings = json.loads(config.read_text())
+    bundle = Path(settings["policy"]["source"])
+    bundle = bundle if bundle.is_absolute() else live.directory / bundle
+    data = bytearray(bundle.read_bytes())
+    data[len(data) // 2] ^= 1
+    bundle.write_bytes(data)
+    done = subprocess.run(
+        [sys.executable, "-m", "sidecar", "run", "--config", str(config)],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "policy.source: " in done.stderr
+    assert "Traceback" not in done.stderr
