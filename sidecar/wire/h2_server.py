@@ -239,8 +239,8 @@ class _Connection(Link):
             pass
         finally:
             self._finish(channel)
+        self.served.reason = fault.code  # all that is written down of it, since there is no exchange
         if isinstance(fault, NoLongerTrusted):
-            self.served.reason = fault.code
             self.drain()
 
     def _finish(self, channel: _Exchange) -> None:

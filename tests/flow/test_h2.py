@@ -102,6 +102,19 @@ async def test_another_authority_than_the_handshakes_name_is_421_on_its_stream_o
         assert (await h2_ask(peer, 3, h2_head(host="Target.Test:8443"))).status == 200
 
 
+async def test_a_request_that_its_stream_refuses_is_the_reason_in_the_connections_record(autojump_clock, tmp_path):
+    async with world(tmp_path) as it:
+        peer = await h2_client(it, it.credentials())
+        refused = await h2_ask(peer, 1, h2_head("/a%2fb"))
+        assert refused.status == 400
+        assert (await h2_ask(peer, 3, h2_head())).status == 200
+        peer.stream.close()
+        await trio.sleep(3)
+        (line,) = it.access.events("connection.ended")
+        assert line["reason"] == "path_slash_encoded"
+        assert len(it.access.events("exchange.ended")) == 1
+
+
 @pytest.mark.parametrize("name", FORGED, ids=bytes.decode)
 async def test_a_forged_identity_reaches_no_agent_as_header_or_trailer(autojump_clock, tmp_path, name):
     async with world(tmp_path) as it:
