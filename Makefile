@@ -10,7 +10,8 @@ export UV_PROJECT_ENVIRONMENT := $(VENV)
 export UV_NO_PROGRESS := 1
 POLICIES := policies/rego
 READY  := $(VENV)/.ready
-export PYTHONDONTWRITEBYTECODE := 1
+# What is compiled at each start costs time, and memory that stays.
+export UV_COMPILE_BYTECODE := 1
 
 .PHONY: help setup opa check format lint types floors policies test demo demo-up demo-down bench live-clients imports clean
 
