@@ -157,6 +157,8 @@ class App:
             except OperatorFault as fault:
                 refused = fault
             finally:
+                for _, listener in self._inbound + self._outbound + self._health:
+                    listener.close()
                 nursery.cancel_scope.cancel()
         await self._decisions.stop()
         if refused is not None:

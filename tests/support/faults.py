@@ -1,7 +1,8 @@
 """Fault enumeration: something goes wrong at the k-th I/O of the app, for every k until none is hit.
 
 What the app does itself is told from what agents, targets and clients of a test do by a context variable that is set in
-the app's first task and inherited by all its others. Each connect, accept, handshake step, read and write counts as one I/O.
+the app's first task and inherited by all its others. Each connect, handshake, read and write counts as one I/O; what happens
+to `accept` itself is tested with `wire.network`, since a listener whose accept hangs for ever serves nobody by definition.
 """
 
 from __future__ import annotations

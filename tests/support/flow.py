@@ -48,9 +48,12 @@ class PairListener:
 
     async def accept(self) -> tuple[socket.socket, Address]:
         try:
-            return await self._receive.receive()
+            sock, remote = await self._receive.receive()
         except trio.EndOfChannel:
             raise trio.ClosedResourceError from None
+        if self._network.inside is not None and self._network.inside.get(False):
+            self._network.apps_own.append((f"accepted at {self.address}", sock))
+        return sock, remote
 
     def close(self) -> None:
         self._network.listeners.pop(self.address, None)
@@ -65,6 +68,10 @@ class PairNetwork:
         self.dialled: list[Address | Path] = []
         self.tap: Callable[[socket.socket, str], socket.socket] = lambda sock, _role: sock
         self.sockets: list[socket.socket] = []
+        self.inside: ContextVar[bool] | None = None
+        """Set where the app runs."""
+        self.apps_own: list[tuple[str, socket.socket]] = []
+        """Sockets that the app dialled or accepted: it has to close them. (TLS detaches the one that it wraps.)"""
         self._ports = itertools.count(40000)
 
     async def connect(self, to: Address | Path) -> socket.socket:
@@ -75,6 +82,8 @@ class PairNetwork:
             raise ConnectionRefusedError(111, f"nobody listens at {to}")
         near, far = socket.socketpair()
         self.sockets += [near, far]
+        if self.inside is not None and self.inside.get(False):
+            self.apps_own.append((f"dialled {to}", near))
         near.setblocking(False)
         far.setblocking(False)
         remote = Address(host="10.0.0.9", port=next(self._ports))
@@ -394,6 +403,7 @@ async def world(
 
             async def life() -> None:
                 if inside is not None:
+                    network.inside = inside
                     inside.set(True)
                 with trio.CancelScope() as scope:
                     it.cut = scope.cancel
