@@ -13,7 +13,10 @@ READY  := $(VENV)/.ready
 # What is compiled at each start costs time, and memory that stays.
 export UV_COMPILE_BYTECODE := 1
 
+LANE   := PYTHONPATH=.:tests $(BIN)/python -m lanes
+
 .PHONY: help setup opa check format lint types floors policies test demo demo-up demo-down bench live-clients imports clean
+.PHONY: h2spec corpus faults bigbody restart fuzz
 
 help: ## say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -74,6 +77,25 @@ imports: setup ## what each import costs in memory and time
 
 live-clients: setup ## curl, Python requests and Node fetch as unchanged agents
 	$(BIN)/pytest tests/live/test_clients.py -m live
+
+h2spec: setup ## every case of h2spec --strict: inbound through mTLS, outbound over h2c (needs Go)
+	$(LANE).h2spec
+
+corpus: setup ## hostile requests and answers over real sockets: refused, or passed with one meaning
+	$(LANE).corpus
+
+faults: setup ## break, hang or cancel every I/O of h1, h2, tunnels and kept connections
+	$(LANE).faults
+
+bigbody: setup ## 2 GiB up and down through one sidecar: how much its memory grows
+	$(LANE).bigbody
+
+restart: setup ## rolling restarts under load: requests sent, lost and doubled
+	$(LANE).restart
+
+fuzz: setup ## coverage-guided fuzzing of parsers and canonicaliser (FUZZ_SECONDS in all, default 120)
+	$(UV) sync --quiet --frozen --inexact --group fuzz --python $(BIN)/python
+	$(LANE).fuzz
 
 clean: ## remove what was made here (not the cached OPA)
 	rm -rf $(VENV) .demo build .mypy_cache .ruff_cache .hypothesis .import_linter_cache

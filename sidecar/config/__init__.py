@@ -1,8 +1,8 @@
 """The configuration: what may be set, how its text becomes values, and what a reload may change.
 
 Pure: it reads no file and looks up no name. `settings` are the values, `document` turns YAML into marked items,
-`places` reads hosts and paths, `contract` says which keys there are, `contradictions` which of them exclude each
-other, `routing` finds the route of a request, and `reload` compares two configurations.
+`places` and `decoders` read single values, `contract` says which keys there are, `contradictions` which of them exclude
+each other, `routing` finds the route of a request, and `reload` compares two configurations.
 """
 
 from sidecar.config.contract import load
@@ -23,6 +23,7 @@ from sidecar.config.settings import (
     Policy,
     PolicyInput,
     PolicyKey,
+    Rate,
     Route,
     Timeouts,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "PolicyInput",
     "PolicyKey",
     "Problem",
+    "Rate",
     "Route",
     "RouteTable",
     "Timeouts",

@@ -6,14 +6,11 @@ version cannot honour is a problem, like an unknown one: what an operator writes
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import fields
+from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
-from typing import Literal, TypeVar, cast, get_args
+from typing import Literal, TypeVar, cast
 
-from sidecar.config import places
+from sidecar.config import decoders, places
 from sidecar.config.contradictions import Draft, contradictions
 from sidecar.config.document import Document, Item, Section, Wrong
 from sidecar.config.settings import (
@@ -39,20 +36,7 @@ from sidecar.model import Address, Mode
 T = TypeVar("T")
 W = TypeVar("W", bound=str)
 
-ALGORITHMS = ("ES256", "ES384", "ES512", "EdDSA", "PS256", "PS384", "PS512", "RS256", "RS384", "RS512")
-IDENTITY_HEADERS = frozenset({"x-spiffe-id", "x-forwarded-spiffe-id", "x-forwarded-client-cert", "forwarded"})
-MODES: tuple[str, ...] = get_args(Mode)
-LIMITS = {
-    "max_header_bytes": (1024, 1 << 20),
-    "max_header_fields": (8, 1000),
-    "max_connections": (1, 100_000),
-    "max_streams": (1, 1000),
-}
 DEFAULT = Config()
-_MODE_BOOLEANS = {False: "disabled", True: "strict or permissive"}
-_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}")
-_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@*-]{0,127}")
-_SOCKET_BYTES = 107
 _LOCAL = "bundles are taken from where source says, as they are"
 
 
@@ -89,10 +73,10 @@ class _Reader:
             outbound=root.take("outbound", self._outbound, None),
             opa=root.take("opa", self._opa, DEFAULT.opa),
             policy=root.take("policy", self._policy, None),
-            policy_input=root.take("policy_input", _policy_input, PolicyInput()),
+            policy_input=root.take("policy_input", decoders.policy_input, PolicyInput()),
             health=root.take("health", self._health, DEFAULT.health),
-            timeouts=root.take("timeouts", _timeouts, Timeouts()),
-            limits=root.take("limits", _limits, Limits()),
+            timeouts=root.take("timeouts", decoders.timeouts, Timeouts()),
+            limits=root.take("limits", decoders.limits, Limits()),
             log=root.take("log", self._log, Log()),
         )
         if not root.has("health"):
@@ -103,12 +87,12 @@ class _Reader:
 
     def _top_mode(self, environ: Mapping[str, str]) -> tuple[Mode | None, ModeSource]:
         """The mode and where it is from; None where nobody can tell, which is a problem already noted."""
-        stated, asked = self.root.take("mtls_mode", _mode, None), environ.get("MTLS_MODE", "")
+        stated, asked = self.root.take("mtls_mode", decoders.mode, None), environ.get("MTLS_MODE", "")
         note = self.root.item.document.note
         mode: Mode | None = stated
         source: ModeSource = "file"
-        if asked and asked not in MODES:
-            note("MTLS_MODE", f"in the environment is `{asked[:60]}`, which is not one of {', '.join(MODES)}")
+        if asked and asked not in decoders.MODES:
+            note("MTLS_MODE", f"in the environment is `{asked[:60]}`, which is not one of {', '.join(decoders.MODES)}")
             mode = None
         elif stated and asked and asked != stated:
             note("mtls_mode", f"is {stated}, and the environment's MTLS_MODE is {asked}: make them agree")
@@ -119,7 +103,7 @@ class _Reader:
         return mode, source
 
     def _listener_mode(self, section: Section) -> Mode:
-        mode = section.take("mtls_mode", _mode, None) if section.has("mtls_mode") else self.draft.mode
+        mode = section.take("mtls_mode", decoders.mode, None) if section.has("mtls_mode") else self.draft.mode
         if mode:
             self.draft.modes[section.item.path] = mode
         return mode or "strict"
@@ -150,7 +134,7 @@ class _Reader:
         return identity
 
     def _trust_bundles(self, item: Item) -> Mapping[str, Path]:
-        return _named(item, places.trust_domain, self._path, "a bundle file for each trust domain")
+        return decoders.named(item, places.trust_domain, self._path, "a bundle file for each trust domain")
 
     def _inbound(self, item: Item) -> tuple[InboundListener, ...]:
         if not list(item.items()):
@@ -165,6 +149,9 @@ class _Reader:
             mtls_mode=self._listener_mode(section),
             xfcc=section.take("xfcc", Item.flag, default.xfcc),
             allow_encoded_slash=section.take("allow_encoded_slash", Item.flag, default.allow_encoded_slash),
+            timeout=section.take("timeout", Item.seconds, None),
+            retries=section.take("retries", decoders.retries, default.retries),
+            rate=section.take("rate", decoders.rate, None),
         )
         if not section.has("upstream"):
             self.draft.dials[item.path] = default.upstream.address
@@ -177,7 +164,7 @@ class _Reader:
         section = item.section()
         upstream = AgentUpstream(
             address=section.need("url", self._agent_url),
-            protocol=section.take("protocol", _choice("auto", "h1", "h2c"), "auto"),
+            protocol=section.take("protocol", decoders.choice("auto", "h1", "h2c"), "auto"),
         )
         section.close()
         return upstream
@@ -209,16 +196,19 @@ class _Reader:
         target = section.need("target", self._target)
         authority = section.take("authority", lambda i: places.authority(i.text()), None)
         route = Route(
-            name=section.take("name", _label, f"{host or '*'}{path}"),
+            name=section.take("name", decoders.label, f"{host or '*'}{path}"),
             host=host,
             path=path,
             target=target,
             authority_host=authority[0] if authority else target.host if target else "",
             authority_port=authority[1] if authority else None,
-            spiffe_ids=section.take("spiffe_ids", _spiffe_ids, frozenset()),
+            spiffe_ids=section.take("spiffe_ids", decoders.spiffe_ids, frozenset()),
             plaintext=section.take("plaintext", self._target, None),
-            protocol=section.take("protocol", _choice("auto", "h1", "h2"), "auto"),
+            protocol=section.take("protocol", decoders.choice("auto", "h1", "h2"), "auto"),
             allow_encoded_slash=section.take("allow_encoded_slash", Item.flag, False),
+            timeout=section.take("timeout", Item.seconds, None),
+            retries=section.take("retries", decoders.retries, 1),
+            rate=section.take("rate", decoders.rate, None),
         )
         section.close()
         return route
@@ -229,7 +219,7 @@ class _Reader:
             return OpaChild()
         self.draft.opa_external = True
         opa = OpaExternal(
-            socket=section.need("address", _unix_socket),
+            socket=section.need("address", decoders.unix_socket),
             peer_uid=section.take("peer_uid", lambda i: i.whole(0, (1 << 32) - 2), None),
         )
         section.close()
@@ -239,8 +229,10 @@ class _Reader:
         section = item.section()
         policy = Policy(
             source=section.need("source", self._path),
-            keys=section.need("keys", lambda i: _named(i, _plain_label, self._policy_key, "a key by its id")),
-            scope=section.take("scope", _label, "sidecar"),
+            keys=section.need(
+                "keys", lambda i: decoders.named(i, decoders.plain_label, self._policy_key, "a key by its id")
+            ),
+            scope=section.take("scope", decoders.label, "sidecar"),
         )
         section.later(dict.fromkeys(("minimum_serial", "max_policy_age", "spiffe_ids", "ca"), _LOCAL))
         section.close()
@@ -249,7 +241,7 @@ class _Reader:
     def _policy_key(self, item: Item) -> PolicyKey:
         section = item.section()
         key = PolicyKey(
-            algorithm=section.need("algorithm", _algorithm),
+            algorithm=section.need("algorithm", decoders.algorithm),
             file=section.need("file", self._path),
         )
         section.close()
@@ -267,7 +259,7 @@ class _Reader:
         section, default = item.section(), Log()
         log = Log(
             access=section.take("access", self._access, default.access),
-            level=section.take("level", _choice("debug", "info", "warning", "error"), default.level),
+            level=section.take("level", decoders.choice("debug", "info", "warning", "error"), default.level),
         )
         section.close()
         return log
@@ -283,103 +275,3 @@ class _Reader:
         if "://" in text:
             raise Wrong(f"must be the path of a file; URLs such as `{text[:60]}` are not supported in this version")
         return self.base / text
-
-
-def _mode(item: Item) -> Mode:
-    return cast("Mode", item.choice(*MODES, booleans=_MODE_BOOLEANS))
-
-
-def _choice(*choices: W) -> Callable[[Item], W]:
-    return lambda item: cast("W", item.choice(*choices))
-
-
-def _algorithm(item: Item) -> str:
-    if item.text().startswith("HS"):
-        raise Wrong("must be asymmetric: with a shared secret whoever verifies can sign")
-    return item.choice(*ALGORITHMS)
-
-
-def _label(item: Item) -> str:
-    return _plain_label(item.text())
-
-
-def _plain_label(text: str) -> str:
-    if not _LABEL.fullmatch(text):
-        raise Wrong(f"`{text[:60]}` must be 1 to 128 letters, digits or ._:/@*- and begin with a letter or digit")
-    return text
-
-
-def _unix_socket(item: Item) -> Path:
-    text = item.text()
-    if not text.startswith("unix:///"):
-        raise Wrong("must be unix:///path/of/the.sock; other ways to reach an OPA are not supported in this version")
-    if len(text.removeprefix("unix://").encode()) > _SOCKET_BYTES:
-        raise Wrong(f"is longer than the {_SOCKET_BYTES} bytes that the path of a socket may have")
-    return Path(text.removeprefix("unix://"))
-
-
-def _spiffe_ids(item: Item) -> frozenset[str]:
-    ids = item.each(lambda one: places.spiffe_id(one.text()))
-    return frozenset(ids.values())
-
-
-def _policy_input(item: Item) -> PolicyInput:
-    section = item.section()
-    seen = PolicyInput(
-        headers=section.take("headers", lambda names: _distinct(names, _header), ()),
-        query=section.take("query", lambda names: _distinct(names, Item.text), ()),
-    )
-    section.close()
-    return seen
-
-
-def _header(item: Item) -> str:
-    name = item.text().lower()
-    if not _TOKEN.fullmatch(name):
-        raise Wrong(f"`{name[:60]}` is not the name of a header field")
-    if name.replace("_", "-") in IDENTITY_HEADERS:
-        raise Wrong(f"{name} is removed from every request: policy sees the proven caller as `caller`")
-    return name
-
-
-def _distinct(item: Item, decode: Callable[[Item], str]) -> tuple[str, ...]:
-    names = tuple(item.each(decode).values())
-    if len(set(names)) < len(names):
-        raise Wrong("names something twice")
-    return names
-
-
-def _timeouts(item: Item) -> Timeouts:
-    section = item.section()
-    default = Timeouts()
-    timeouts = Timeouts(
-        **{f.name: section.take(f.name, Item.seconds, getattr(default, f.name)) for f in fields(Timeouts)}
-    )
-    section.close()
-    return timeouts
-
-
-def _limits(item: Item) -> Limits:
-    section, default = item.section(), Limits()
-
-    def limit(name: str) -> int:
-        least, most = LIMITS[name]
-        return section.take(name, lambda number: number.whole(least, most), int(getattr(default, name)))
-
-    limits = Limits(**{f.name: limit(f.name) for f in fields(Limits)})
-    section.close()
-    return limits
-
-
-def _named(item: Item, name: Callable[[str], str], decode: Callable[[Item], T], content: str) -> Mapping[str, T]:
-    """A mapping with keys of the operator's own choice, at least one."""
-    before = len(item.document.problems)
-    found: dict[str, T] = {}
-    for key, entry in item.entries():
-        try:
-            found[name(key)] = decode(entry)
-        except Wrong as error:
-            entry.note(error)
-    if not found and len(item.document.problems) == before:
-        raise Wrong(f"is empty; it must hold {content}")
-    return MappingProxyType(found)

@@ -168,6 +168,15 @@ class Item:
             raise Wrong(f"must be more than 0 and at most 86400 seconds, not {_short(self.node.value)}")
         return value
 
+    def per_second(self) -> float:
+        """A positive number of events in a second, at most a million."""
+        if self._kind not in {"int", "float"} or not _DECIMAL.fullmatch(self.node.value):
+            raise self._wrong("a number, such as 100 or 0.5")
+        value = float(self.node.value)
+        if not 0 < value <= 1_000_000:
+            raise Wrong(f"must be more than 0 and at most 1000000 in a second, not {_short(self.node.value)}")
+        return value
+
     def whole(self, least: int, most: int) -> int:
         """A whole number in plain decimal digits, within these bounds."""
         if self._kind != "int" or not _INTEGER.fullmatch(self.node.value):

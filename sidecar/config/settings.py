@@ -39,6 +39,14 @@ class AgentUpstream:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Rate:
+    """A token bucket: `per_second` requests in the long run, `burst` at once. Each sidecar counts for itself."""
+
+    per_second: float
+    burst: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class InboundListener:
     listen: Address = INBOUND
     upstream: AgentUpstream = AgentUpstream(address=AGENT)
@@ -46,6 +54,11 @@ class InboundListener:
     xfcc: bool = False
     """Set `X-Forwarded-Client-Cert` beside `X-Forwarded-SPIFFE-ID`."""
     allow_encoded_slash: bool = False
+    timeout: float | None = None
+    """From the head of the request to the end of its answer, tunnels included; None: only the idle timeout."""
+    retries: int = 1
+    """How often what was provably not sent is tried again."""
+    rate: Rate | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +80,10 @@ class Route:
     plaintext: Address | None = None
     protocol: Literal["auto", "h1", "h2"] = "auto"
     allow_encoded_slash: bool = False
+    timeout: float | None = None
+    """As of `InboundListener`, and so are `retries` and `rate`."""
+    retries: int = 1
+    rate: Rate | None = None
 
     @property
     def authority(self) -> str:
@@ -136,16 +153,37 @@ class Timeouts:
     idle: float = 3600.0
     drain: float = 25.0
     lingering: float = 1.0
+    body: float = 60.0
+    """For a request body whose length was stated: the longest wait for its next bytes."""
+    keepalive: float = 60.0
+    """A connection that has been quiet for so long is asked whether its peer is still there."""
+    upstream_idle: float = 60.0
+    """A kept connection that nobody has used for so long is closed."""
+    upstream_age: float = 3600.0
+    """A connection older than this takes no new request."""
+    ejection: float = 30.0
+    """How long an address that failed again and again is tried last; each time again, longer."""
+    drain_idle: float = 5.0
+    """How long an idle HTTP/1.1 connection is kept at a drain: a request may be on its way."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     max_header_bytes: int = 61_440
     max_header_fields: int = 100
+    max_request_line_bytes: int = 8192
     max_connections: int = 1024
     """Open at once, for each listener."""
+    max_connections_per_peer: int = 512
+    """Open at once from one SPIFFE ID, or from one address where nothing is proven; inbound only."""
     max_streams: int = 100
     """Open at once on one HTTP/2 connection."""
+    max_exchanges: int = 4096
+    """Open at once in the whole sidecar; what comes above is shed."""
+    max_upstream_connections: int = 512
+    """Open at once to one target."""
+    max_upstream_failures: int = 5
+    """In a row, after which an address is ejected."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

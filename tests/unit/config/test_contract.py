@@ -115,11 +115,14 @@ inbound:
     upstream: {url: "http://agent.local/", protocol: h2c}
     xfcc: true
     allow_encoded_slash: true
+    timeout: 30
+    retries: 0
+    rate: {per_second: 0.5}
 outbound:
   mtls_mode: permissive
   routes:
     - {name: b, host: B.Internal, target: "b:8443", plaintext: "b:8000", protocol: h2, allow_encoded_slash: true,
-       spiffe_ids: [spiffe://example.org/b]}
+       timeout: 1.5, retries: 3, rate: {per_second: 20, burst: 100}, spiffe_ids: [spiffe://example.org/b]}
 opa: {address: unix:///run/opa/opa.sock, peer_uid: 1000}
 policy_input: {headers: [X-Tenant], query: [page]}
 health: null
@@ -134,9 +137,11 @@ log: {access: log/access.jsonl, level: debug}
     assert (listener.listen.host, listener.mtls_mode, listener.xfcc) == ("::1", "strict", True)
     assert listener.upstream == config.AgentUpstream(address=Address(host="agent.local", port=80), protocol="h2c")
     assert listener.allow_encoded_slash
+    assert (listener.timeout, listener.retries, listener.rate) == (30.0, 0, config.Rate(per_second=0.5, burst=1))
     assert loaded.outbound is not None
     (route,) = loaded.outbound.routes
     assert (route.name, route.host, route.protocol, route.allow_encoded_slash) == ("b", "b.internal", "h2", True)
+    assert (route.timeout, route.retries, route.rate) == (1.5, 3, config.Rate(per_second=20.0, burst=100))
     assert route.plaintext == Address(host="b", port=8000)
     assert loaded.opa == config.OpaExternal(socket=Path("/run/opa/opa.sock"), peer_uid=1000)
     assert loaded.policy is None
@@ -351,6 +356,14 @@ def test_opa_mistakes(opa: str, path: str, message: str) -> None:
         ("{xfcc: yes}", "xfcc", "must be true or false"),
         ("{xfcc: 'true'}", "xfcc", "must be true or false"),
         ("{mtls_mode: off}", "mtls_mode", "write disabled"),
+        ("{timeout: 0}", "timeout", "more than 0"),
+        ("{retries: 11}", "retries", "between 0 and 10"),
+        ("{rate: 5}", "rate", "must be a mapping"),
+        ("{rate: {}}", "rate.per_second", "is missing"),
+        ("{rate: {per_second: 0}}", "rate.per_second", "must be more than 0"),
+        ("{rate: {per_second: 1000001}}", "rate.per_second", "at most 1000000"),
+        ("{rate: {per_second: 1/s}}", "rate.per_second", "must be a number, such as"),
+        ("{rate: {per_second: 1, burst: 0}}", "rate.burst", "between 1 and 1000000"),
         ("{listen: '0.0.0.0:65536'}", "listen", "is not a port"),
         ("{listen: '::1:8443'}", "listen", "write an IPv6 address in brackets"),
     ],
