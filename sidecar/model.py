@@ -256,6 +256,28 @@ class Reply(Protocol):
         ...
 
 
+# ── policy ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyBundle:
+    """A verified bundle, packed anew, on its way to whoever runs OPA, which verifies it again."""
+
+    archive: bytes = field(repr=False)
+    """Gzip tar with its signature."""
+    revision: str
+    serial: int
+    created: float
+    """The signed time, Unix seconds."""
+    digest: str
+    """Of its content, whoever signed it; hex SHA-256."""
+    keys: Mapping[str, tuple[str, bytes]] = field(repr=False)
+    """Key id → (algorithm of RFC 7518 §3.1, public key in PEM): all that may have signed it."""
+    scope: str
+    pure: Mapping[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
+    """Entrypoint whose decisions are proven pure → paths below `input` that they read; an empty path is all of it."""
+
+
 # ── decisions ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

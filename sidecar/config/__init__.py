@@ -1,7 +1,7 @@
 """The configuration: what may be set, how its text becomes values, and what a reload may change.
 
 Pure: it reads no file and looks up no name. `settings` are the values, `document` turns YAML into marked items,
-`places` and `decoders` read single values, `contract` says which keys there are, `contradictions` which of them exclude
+`places`, `decoders` and `shipping` read values and sections, `contract` says which keys there are, `contradictions` which of them exclude
 each other, `routing` finds the route of a request, and `reload` compares two configurations.
 """
 
@@ -12,6 +12,7 @@ from sidecar.config.routing import RouteTable, route_for
 from sidecar.config.settings import (
     AgentUpstream,
     Config,
+    DecisionLog,
     FilesIdentity,
     Health,
     InboundListener,
@@ -24,7 +25,9 @@ from sidecar.config.settings import (
     PolicyInput,
     PolicyKey,
     Rate,
+    Remote,
     Route,
+    Shadow,
     Timeouts,
 )
 
@@ -34,6 +37,7 @@ __all__ = [
     "Changes",
     "Config",
     "ConfigError",
+    "DecisionLog",
     "FilesIdentity",
     "Health",
     "InboundListener",
@@ -47,8 +51,10 @@ __all__ = [
     "PolicyKey",
     "Problem",
     "Rate",
+    "Remote",
     "Route",
     "RouteTable",
+    "Shadow",
     "Timeouts",
     "changes",
     "load",

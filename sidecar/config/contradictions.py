@@ -36,6 +36,8 @@ class Draft:
     trust_domains: frozenset[str] | None = None
     """Those with a bundle; None where no identity could be read."""
     opa_external: bool = False
+    proven_by_us: dict[str, frozenset[str]] = field(default_factory=dict)
+    """IDs that servers of ours (bundles, logs) must prove, by the path of their key."""
 
 
 def contradictions(draft: Draft) -> Contradictions:
@@ -103,6 +105,16 @@ def _unproven_targets(draft: Draft) -> Contradictions:
                 yield f"{path}.spiffe_ids", f"{workload} can never be proven: identity.bundles has no {domain}"
 
 
+def _unproven_servers(draft: Draft) -> Contradictions:
+    for path, ids in draft.proven_by_us.items():
+        if "identity" not in draft.given:
+            yield path, "needs an identity of ours: mutual TLS has two sides"
+        for workload in sorted(ids):
+            domain = places.trust_domain_of(workload)
+            if draft.trust_domains is not None and domain not in draft.trust_domains:
+                yield path, f"{workload} can never be proven: identity.bundles has no {domain}"
+
+
 def _same_routes(draft: Draft) -> Contradictions:
     places_taken: dict[tuple[str | None, str], str] = {}
     names: dict[str, str] = {}
@@ -122,5 +134,6 @@ CHECKS: tuple[Callable[[Draft], Contradictions], ...] = (
     _own_listeners,
     _outbound_in_the_open,
     _unproven_targets,
+    _unproven_servers,
     _same_routes,
 )

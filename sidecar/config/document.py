@@ -168,6 +168,15 @@ class Item:
             raise Wrong(f"must be more than 0 and at most 86400 seconds, not {_short(self.node.value)}")
         return value
 
+    def age(self) -> float:
+        """A positive number of seconds, at most ten years."""
+        if self._kind not in {"int", "float"} or not _DECIMAL.fullmatch(self.node.value):
+            raise self._wrong("a number of seconds, such as 604800")
+        value = float(self.node.value)
+        if not 0 < value <= 315_360_000:
+            raise Wrong(f"must be more than 0 and at most 315360000 seconds, not {_short(self.node.value)}")
+        return value
+
     def per_second(self) -> float:
         """A positive number of events in a second, at most a million."""
         if self._kind not in {"int", "float"} or not _DECIMAL.fullmatch(self.node.value):

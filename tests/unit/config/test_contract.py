@@ -312,18 +312,79 @@ def test_identity_mistakes(identity: str, path: str, message: str) -> None:
         ("{keys: {k: {algorithm: ES256, file: k}}}", "policy.source", "is missing"),
         ("{source: b}", "policy.keys", "is missing"),
         ("{source: b, keys: {}}", "policy.keys", "is empty"),
-        ("{source: 'https://b', keys: {k: {algorithm: ES256, file: k}}}", "policy.source", "not supported"),
+        (
+            "{source: 's3://b', keys: {k: {algorithm: ES256, file: k}}}",
+            "policy.source",
+            "is not https://host:port/path",
+        ),
+        ("{source: 'https://u@b', keys: {k: {algorithm: ES256, file: k}}}", "policy.source", "without user"),
+        ("{source: b, ca: c, keys: {k: {algorithm: ES256, file: k}}}", "policy.ca", "is for a server"),
+        ("{source: b, report: true, keys: {k: {algorithm: ES256, file: k}}}", "policy.report", "needs a server"),
+        ("{source: b, shadow: {}, keys: {k: {algorithm: ES256, file: k}}}", "policy.shadow", "needs a source"),
+        ("{source: b, decision: a/b, keys: {k: {algorithm: ES256, file: k}}}", "policy.decision", "input: envoy"),
         ("{source: b, keys: {k: {algorithm: HS256, file: k}}}", "policy.keys.k.algorithm", "must be asymmetric"),
         ("{source: b, keys: {k: {algorithm: none, file: k}}}", "policy.keys.k.algorithm", "must be one of"),
         ("{source: b, keys: {k: {algorithm: ES256}}}", "policy.keys.k.file", "is missing"),
         ("{source: b, keys: {'a b': {algorithm: ES256, file: k}}}", "policy.keys.a b", "letters, digits"),
         ("{source: b, keys: {k: {algorithm: ES256, file: k}}, scope: ''}", "policy.scope", "must not be empty"),
-        ("{source: b, keys: {k: {algorithm: ES256, file: k}}, minimum_serial: 4}", "policy.minimum_serial", "not supp"),
+        ("{source: b, keys: {k: {algorithm: ES256, file: k}}, minimum_serial: -4}", "policy.minimum_serial", "whole"),
     ],
 )
 def test_policy_mistakes(policy: str, path: str, message: str) -> None:
     found = only(f"{IDENTITY}{INBOUND}policy: {policy}\n")
     assert found[:2] == (path, 3)
+    assert message in found[2]
+
+
+SERVED = """
+policy:
+  source: "https://Bundles.internal:9443/v1/bundles/sidecar?x=1"
+  spiffe_ids: [spiffe://example.org/ns/infra/sa/bundles]
+  keys: {k: {algorithm: ES256, file: k.pub}}
+  minimum_serial: 7
+  max_policy_age: 604800
+  shadow: {sample: 0.1}
+  report: true
+decision_log: {file: decisions.jsonl, service: "https://logs.internal/v1/logs", ca: ca.pem, mask: [/input/headers/x-a~1b]}
+labels: {ring: canary}
+"""
+
+
+def test_a_policy_from_a_server_is_taken_up() -> None:
+    loaded = load(f"{IDENTITY}{INBOUND}{SERVED}", {}, BASE)
+    assert loaded.policy is not None
+    assert loaded.policy.source == config.Remote(
+        address=Address(host="bundles.internal", port=9443), authority="bundles.internal:9443",
+        path="/v1/bundles/sidecar?x=1", spiffe_ids=frozenset({"spiffe://example.org/ns/infra/sa/bundles"}),
+    )  # fmt: skip
+    assert (loaded.policy.minimum_serial, loaded.policy.max_policy_age) == (7, 604800.0)
+    assert loaded.policy.shadow == config.Shadow(sample=0.1)
+    assert loaded.policy.report
+    assert loaded.decision_log == config.DecisionLog(
+        file=BASE / "decisions.jsonl", mask=("/input/headers/x-a~1b",),
+        service=config.Remote(
+            address=Address(host="logs.internal", port=443), authority="logs.internal", path="/v1/logs",
+            ca=BASE / "ca.pem",
+        ),
+    )  # fmt: skip
+    assert loaded.labels == {"ring": "canary"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "path", "message"),
+    [
+        (("sa/bundles]", "sa/bundles]\n  ca: ca.pem"), "policy.ca", "beside spiffe_ids"),
+        (("example.org/ns/infra", "other.org/ns/infra"), "policy.spiffe_ids", "can never be proven"),
+        (("sample: 0.1", "sample: 1.5"), "policy.shadow.sample", "at most 1"),
+        (("max_policy_age: 604800", "max_policy_age: 0"), "policy.max_policy_age", "more than 0"),
+        (("/input/headers/x-a~1b", "/labels/x"), "decision_log.mask[0]", "is not a JSON pointer"),
+        (("https://logs", "http://logs"), "decision_log.service", "is not https://"),
+        (("{ring: canary}", "{ring: 1}"), "labels.ring", "quote it if text is meant"),
+    ],
+)
+def test_mistakes_about_servers(changed: tuple[str, str], path: str, message: str) -> None:
+    found = only(f"{IDENTITY}{INBOUND}{SERVED.replace(*changed)}")
+    assert found[0] == path
     assert message in found[2]
 
 

@@ -1,0 +1,103 @@
+"""JSON in the one spelling that OPA hashes: compact, keys sorted, nothing escaped that need not be.
+
+A signature covers the *meaning* of a JSON file, not its bytes (white space and the order of keys may change), with one
+exception: OPA keeps a number as it was spelt, so `1e3` and `1000` hash differently. Numbers are therefore never turned into
+numbers here. What JSON leaves open is refused, since two readers may take it two ways: a key twice, NaN, a lone surrogate,
+a byte order mark.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TypeAlias
+
+Value: TypeAlias = "bool | str | Number | list[Value] | dict[str, Value] | None"
+
+
+class Number(str):
+    """A number as it was spelt."""
+
+    __slots__ = ()
+
+
+class NotJson(ValueError):
+    """The text is not JSON, or JSON that can be read in two ways."""
+
+
+def parse(data: bytes) -> Value:
+    """Read JSON, keeping numbers as they are spelt. Raises `NotJson`."""
+    try:
+        text = data.decode("utf-8")
+        return json.loads(  # type: ignore[no-any-return]
+            text, parse_int=Number, parse_float=Number, parse_constant=_no_constant, object_pairs_hook=_unique
+        )
+    except RecursionError as error:
+        raise NotJson("is nested too deep") from error
+    except UnicodeDecodeError as error:
+        raise NotJson("is not UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise NotJson(f"is not JSON: {error}") from error
+
+
+def encode(value: Value) -> bytes:
+    """Return the canonical spelling. Raises `NotJson` for text that UTF-8 cannot spell, or nesting without end."""
+    pieces: list[str] = []
+    try:
+        _write(value, pieces.append)
+        text = "".join(pieces)
+        # Go's encoder escapes the two line separators of JavaScript, and Python's does not.
+        return text.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029").encode()
+    except RecursionError as error:
+        raise NotJson("is nested too deep") from error
+    except UnicodeEncodeError as error:
+        raise NotJson("holds half of a surrogate pair") from error
+
+
+def plain(value: object) -> Value:
+    """Turn what `json` deals in (with ints and floats) into a `Value`, through its text."""
+    return parse(json.dumps(value, allow_nan=False, ensure_ascii=False).encode())
+
+
+def _write(value: Value, put: object) -> None:
+    assert callable(put)  # noqa: S101  (a bound method; the type would be longer than the function)
+    if value is None:
+        put("null")
+    elif value is True:
+        put("true")
+    elif value is False:
+        put("false")
+    elif isinstance(value, Number):
+        put(str(value))
+    elif isinstance(value, str):
+        put(_quoted(value))
+    elif isinstance(value, list):
+        put("[")
+        for index, item in enumerate(value):
+            if index:
+                put(",")
+            _write(item, put)
+        put("]")
+    else:
+        put("{")
+        for index, key in enumerate(sorted(value)):
+            put("," if index else "")
+            put(_quoted(key))
+            put(":")
+            _write(value[key], put)
+        put("}")
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _no_constant(name: str) -> Value:
+    raise NotJson(f"holds {name}, which is no JSON")
+
+
+def _unique(pairs: list[tuple[str, Value]]) -> dict[str, Value]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for index, (key, _) in enumerate(pairs) if any(key == other for other, _ in pairs[:index]))
+        raise NotJson(f"has the key {twice[:60]!r} twice")
+    return found
