@@ -23,7 +23,8 @@ import jsonschema
 import pytest
 
 from examples.demo import bundle
-from sidecar.decision.policy import Policy, configuration
+from sidecar.decision.policy import configuration
+from sidecar.model import PolicyBundle
 from support import live as sidecars
 
 pytestmark = pytest.mark.live
@@ -120,7 +121,8 @@ class Release:
 
     def accepted_by(self, path: Path) -> dict[str, object]:
         keys = {"release-1": ("ES256", self.public.read_bytes())}
-        return configuration(Policy(source=path, keys=keys), path)
+        handed = PolicyBundle(archive=b"", revision="r7", serial=7, created=0.0, digest="", keys=keys, scope="sidecar")
+        return configuration(handed, path)
 
 
 @pytest.fixture
