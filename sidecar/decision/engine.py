@@ -28,6 +28,7 @@ import trio
 from sidecar.decision import policy as told
 from sidecar.decision import private
 from sidecar.decision.child import Child
+from sidecar.decision.inquiry import OURS, Contract
 from sidecar.decision.opa import OnlyFrom, Opa
 from sidecar.errors import NoDecision, OperatorFault
 from sidecar.model import Decision, Inquiry, PolicyBundle
@@ -74,7 +75,7 @@ class Engine:
     """`model.DecisionPoint` over an OPA of our own. `run` has to be running, in the thread that started trio.
 
     `runtime_dir` is where the private directory is made (see `private.place`), `binary` an OPA. `workers` bounds the
-    processors that OPA uses. Until a bundle is activated every question is answered by `NoDecision` (`policy_not_ready`).
+    processors that OPA uses, `words` is the contract with policy. Until a bundle is activated every question is answered by `NoDecision` (`policy_not_ready`).
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Engine:
         max_connections: int = 64,
         workers: int = 1,
         timing: Timing = DEFAULT_TIMING,
+        words: Contract = OURS,
     ) -> None:
         self.state: State = "starting"
         self.restarts = 0
@@ -99,6 +101,7 @@ class Engine:
         self._max_connections = max_connections
         self._workers = workers
         self._timing = timing
+        self._words = words
         self._backoff = timing.first_backoff
         self._numbers = itertools.count(1)
         self._running: _Running | None = None
@@ -178,7 +181,7 @@ class Engine:
             child = Child(self._binary, directory, told.configuration(bundle, archive), workers=self._workers)
             opa = Opa(
                 self._network, child.socket, bundle=told.NAME, decision_timeout=self._decision_timeout,
-                max_connections=self._max_connections,
+                max_connections=self._max_connections, words=self._words,
             )  # fmt: skip
             await self._nursery.start(child.run)
             revision = await self._accepted(child, opa)

@@ -23,6 +23,7 @@ from typing import NoReturn
 import trio
 
 from sidecar.decision import inquiry as contract
+from sidecar.decision.inquiry import Contract
 from sidecar.errors import ClientFault, MaybeSent, NoDecision
 from sidecar.model import Aborted, Address, Decision, Direction, Inquiry, Trailers
 from sidecar.wire import h1
@@ -36,10 +37,9 @@ _MAX_HEAD_FIELDS = 50
 _BROKEN = (trio.BrokenResourceError, trio.ClosedResourceError)
 
 _ASK = (
-    "POST /v1/data/sidecar/{}/decision?provenance=true HTTP/1.1\r\n"
+    "POST /v1/data/{}?provenance=true HTTP/1.1\r\n"
     "host: opa\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
 )
-_HEADS: dict[Direction, bytes] = {direction: _ASK.format(direction).encode() for direction in contract.DIRECTIONS}
 
 # The head that OPA sends with nearly every answer, read with one match instead of a parser (1 µs for 10). Whatever
 # looks different in any way takes the long road.
@@ -58,7 +58,7 @@ class Opa:
 
     `bundle`: the name of the bundle that has to vouch for each decision; None for an OPA whose bundles are not ours.
     `decision_timeout` in seconds. `max_connections` is how many questions may be with OPA at once; more wait their turn,
-    inside their own deadlines. `new_id` makes the decision ids.
+    inside their own deadlines. `new_id` makes the decision ids; `words` is the contract with policy.
 
     Raises `NoDecision`: `decision_timeout`, `decision_unreachable`, `decision_broken_off`, `decision_too_large`,
     `decision_status_<n>`, and what `inquiry` raises.
@@ -73,7 +73,13 @@ class Opa:
         decision_timeout: float = 1.0,
         max_connections: int = 64,
         new_id: Callable[[], str] = lambda: os.urandom(16).hex(),
+        words: Contract = contract.OURS,
     ) -> None:
+        self._heads: dict[Direction, bytes] = {
+            direction: _ASK.format(words.path(direction)).encode() for direction in contract.DIRECTIONS
+        }
+        self._question = words.question
+        self._read = words.read
         self._network = network
         self._address = address
         self._bundle = bundle
@@ -88,9 +94,9 @@ class Opa:
         return f"<Opa at {self._address}: {asked} asked, {len(self._idle)} connections idle>"
 
     async def decide(self, inquiry: Inquiry) -> Decision:
-        body = contract.question(inquiry)
-        raw = await self._ask(_HEADS[inquiry.direction] % len(body) + body, self._timeout)
-        return contract.answer(raw, decision_id=self._new_id(), bundle=self._bundle)
+        body = self._question(inquiry)
+        raw = await self._ask(self._heads[inquiry.direction] % len(body) + body, self._timeout)
+        return contract.answer(raw, decision_id=self._new_id(), bundle=self._bundle, read=self._read)
 
     async def warm_up(self) -> None:
         """Ask one question of each direction, so that the first real one finds its entrypoint compiled.
@@ -98,9 +104,9 @@ class Opa:
         What policy says to a question that stands for none does not matter, nor does it if it stumbles over it.
         """
         for direction in contract.DIRECTIONS:
-            body = contract.question(contract.sample(direction))
+            body = self._question(contract.sample(direction))
             try:
-                await self._ask(_HEADS[direction] % len(body) + body, WARM_UP_TIMEOUT)
+                await self._ask(self._heads[direction] % len(body) + body, WARM_UP_TIMEOUT)
             except NoDecision:
                 pass
 
