@@ -1,0 +1,255 @@
+"""The decision log: one event for each decision, in the shape that OPA gives its own, so that what reads OPA's reads ours.
+
+It is made of the `Decided` record, since whoever asks knows all that was asked, and OPA's own log costs as much as a
+decision. What the configuration points at is taken out before anything is written or sent, and named under `erased`; the
+values of headers that policy sets are never told, since they may be credentials. Memory and disk are bounded: what a
+slow service does not take is dropped from its oldest end, and counted.
+
+Source: OPA's documentation of decision logs (event fields, `erased`), RFC 6901 for pointers.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import trio
+
+from sidecar.errors import OperatorFault, SidecarError
+from sidecar.log import LineSink, timestamp
+from sidecar.model import Allow, Decided, Deny, Inquiry
+
+Log = Callable[..., None]
+Post = Callable[[bytes], Awaitable[int]]
+"""Send one gzipped JSON array of events; returns the status of the answer. Raises `SidecarError`."""
+
+UPLOAD_INTERVAL = 5.0
+"""Seconds between uploads; a full batch goes at once."""
+_BATCH_BYTES = 512 * 1024
+_MAX_BACKOFF = 60.0
+_SECRET_RESULTS = ("request_headers", "response_headers")
+
+
+def event(
+    decided: Decided, *, path: Callable[[str], str], labels: Mapping[str, str], mask: Sequence[tuple[str, ...]]
+) -> dict[str, object]:
+    """The event of one decision. `path` gives a direction's entrypoint, `mask` is parsed pointers (`pointer`)."""
+    decision = decided.decision
+    whole: dict[str, object] = {
+        "labels": dict(labels),
+        "decision_id": decision.decision_id if decision is not None else decided.exchange_id,
+        "path": path(decided.inquiry.direction),
+        "input": _input(decided.inquiry),
+        "timestamp": timestamp(decided.at),
+        "metrics": {"timer_server_handler_ns": round(decided.seconds * 1e9)},
+        "req_id": decided.exchange_id,
+    }
+    erased: list[str] = []
+    if decision is None:
+        whole["error"] = {"code": decided.error or "decision_unavailable", "message": "no decision could be had"}
+    else:
+        whole["bundles"] = {"sidecar": {"revision": decision.revision}}
+        whole["result"], erased = _result(decision)
+    for parts in mask:
+        if _take_out(whole, parts):
+            erased.append("/" + "/".join(part.replace("~", "~0").replace("/", "~1") for part in parts))
+    if erased:
+        whole["erased"] = erased
+    return whole
+
+
+def pointer(text: str) -> tuple[str, ...]:
+    """The parts of a JSON pointer that the configuration has checked."""
+    return tuple(part.replace("~1", "/").replace("~0", "~") for part in text.split("/")[1:])
+
+
+def encoded(event: Mapping[str, object]) -> bytes:
+    """One line, in ASCII: peers choose what stands in the input."""
+    return json.dumps(event, separators=(",", ":"), default=_plain).encode("ascii")
+
+
+class Events(Protocol):
+    """Takes events as lines; neither waits nor raises."""
+
+    def write(self, line: bytes) -> None: ...
+
+
+class Rotated:
+    """A file of lines of at most about `max_bytes`, and the one before it as `….1`."""
+
+    def __init__(self, path: Path, max_bytes: int) -> None:
+        self._path = path
+        self._max_bytes = max_bytes
+        self._sink = LineSink.open(path)
+        self._written = path.stat().st_size
+
+    @property
+    def dropped(self) -> int:
+        return self._sink.dropped
+
+    def write(self, line: bytes) -> None:
+        self._sink.write(line)
+        self._written += len(line) + 1
+        if self._written >= self._max_bytes:
+            self._rotate()
+
+    def flush(self) -> None:
+        self._sink.flush()
+
+    def close(self) -> None:
+        self._sink.close()
+
+    def _rotate(self) -> None:
+        self._sink.flush()
+        try:
+            self._path.replace(self._path.with_name(f"{self._path.name}.1"))
+            self._sink.reopen()
+        except (OSError, OperatorFault):
+            pass  # the disk says no: go on in the file that is there, and try again a file later
+        self._written = 0
+
+
+class Upload:
+    """Events on their way to a service: kept in memory, bounded, sent in batches by `run`."""
+
+    def __init__(self, post: Post, max_buffer_bytes: int, log: Log) -> None:
+        self.dropped = 0
+        self._post = post
+        self._max_bytes = max_buffer_bytes
+        self._log = log
+        self._lines: deque[bytes] = deque()
+        self._bytes = 0
+        self._full = trio.Event()
+        self._failing: str | None = None
+
+    def write(self, line: bytes) -> None:
+        self._lines.append(line)
+        self._bytes += len(line)
+        while self._bytes > self._max_bytes and self._lines:
+            self._bytes -= len(self._lines.popleft())
+            self.dropped += 1
+        if self._bytes >= _BATCH_BYTES:
+            self._full.set()
+
+    async def run(self) -> None:
+        """Send what there is, again and again. Ends by cancellation; what is left then is lost, but for one last try."""
+        backoff = 0.0
+        while True:
+            with trio.move_on_after(backoff or UPLOAD_INTERVAL):
+                if backoff:
+                    await trio.sleep_forever()
+                await self._full.wait()
+            backoff = 0.0 if await self.send() else min(max(1.0, 2 * backoff), _MAX_BACKOFF)
+
+    async def send(self) -> bool:
+        """Send all that is there now, batch by batch; return whether the service took it."""
+        self._full = trio.Event()
+        while self._lines:
+            batch = self._batch()
+            body = await trio.to_thread.run_sync(gzip.compress, b"[" + b",".join(batch) + b"]", 6)
+            try:
+                status = await self._post(body)
+                failing = None if 200 <= status < 300 else f"status {status}"
+            except SidecarError as error:
+                failing = error.code
+            if failing != self._failing:
+                if failing is None:
+                    self._log("decision_log.upload_recovered", "info")
+                else:
+                    self._log("decision_log.upload_failed", "warning", reason=failing, dropped=self.dropped)
+                self._failing = failing
+            if failing is not None:
+                self._back(batch)
+                return False
+        return True
+
+    def _batch(self) -> list[bytes]:
+        batch: list[bytes] = []
+        size = 0
+        while self._lines and size < _BATCH_BYTES:
+            line = self._lines.popleft()
+            batch.append(line)
+            size += len(line)
+        self._bytes -= size
+        return batch
+
+    def _back(self, batch: list[bytes]) -> None:
+        """Put what was not taken where it was, as far as there is room: new events came meanwhile."""
+        for line in reversed(batch):
+            if self._bytes + len(line) > self._max_bytes:
+                self.dropped += 1
+            else:
+                self._lines.appendleft(line)
+                self._bytes += len(line)
+
+
+class DecisionLog:
+    """Makes an event of each decision and hands it to whoever takes it."""
+
+    def __init__(
+        self, takers: Sequence[Events], *, path: Callable[[str], str], labels: Mapping[str, str], mask: Sequence[str]
+    ) -> None:
+        self._takers = tuple(takers)
+        self._path = path
+        self._labels = labels
+        self._mask = tuple(pointer(one) for one in mask)
+
+    def decided(self, record: Decided) -> None:
+        line = encoded(event(record, path=self._path, labels=self._labels, mask=self._mask))
+        for taker in self._takers:
+            taker.write(line)
+
+
+def _input(inquiry: Inquiry) -> dict[str, object]:
+    """As `schemas/input.json` states it: what was asked can be asked again."""
+    return {
+        "direction": inquiry.direction,
+        "caller": inquiry.caller,
+        "caller_reason": inquiry.caller_reason,
+        "method": inquiry.method,
+        "path": inquiry.path,
+        "segments": list(inquiry.segments),
+        "query": {name: list(values) for name, values in inquiry.query.items()},
+        "headers": {name: list(values) for name, values in inquiry.headers.items()},
+        "mtls_mode": inquiry.mtls_mode,
+        "tls": inquiry.tls,
+        "host": inquiry.host,
+        "port": inquiry.port,
+        "protocol": inquiry.protocol,
+        "target": None if inquiry.target is None else dict(inquiry.target),
+        "claims": None if inquiry.claims is None else dict(inquiry.claims),
+        "credential": None if inquiry.credential is None else dict(inquiry.credential),
+    }
+
+
+def _result(decision: Allow | Deny) -> tuple[dict[str, object], list[str]]:
+    result: dict[str, object] = {"allow": isinstance(decision, Allow)}
+    for name in ("reason", "rule", "status", "cache_ttl", "lease", "credential"):
+        value = getattr(decision, name, None)
+        if value is not None:
+            result[name] = value
+    erased = [f"/result/{name}" for name in _SECRET_RESULTS if getattr(decision, name, None)]
+    return result, erased
+
+
+def _take_out(whole: dict[str, object], parts: Sequence[str]) -> bool:
+    """Remove what a pointer leads to; return whether there was anything."""
+    place: object = whole
+    for part in parts[:-1]:
+        place = place.get(part) if isinstance(place, dict) else None
+    if isinstance(place, dict) and parts[-1] in place:
+        del place[parts[-1]]
+        return True
+    return False
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, (frozenset, set, tuple)):
+        return sorted(value) if not isinstance(value, tuple) else list(value)
+    return str(value)
