@@ -64,18 +64,24 @@ class Stamp:
 
 def build(opa: Path, sources: Sources, stamp: Stamp) -> Bundle:
     """Make a bundle. Blocks. Raises `NotBuilt`."""
-    files, roots = _rules(sources)
-    files[DATA] = _merged(sources)
+    parts, roots = _rules(sources)
+    parts[DATA] = _merged(sources)
     manifest: dict[str, object] = {"revision": stamp.revision, "roots": roots, "rego_version": 1}
     with tempfile.TemporaryDirectory(prefix="bundle-") as work:
         stage = Path(work)
-        _write(stage, {**files, MANIFEST: _json(manifest)})
+        _write(stage, {**parts, MANIFEST: _json(manifest)})
         _run(opa, stage, "check", "--strict", "--bundle", ".")
         _lint(opa, stage)
         manifest["metadata"] = _metadata(stamp, purity.proofs(opa, stage))
-    bundle = Bundle(files=MappingProxyType({**files, MANIFEST: _json(manifest)}), signatures=None)
+    bundle = Bundle(files=MappingProxyType({**parts, MANIFEST: _json(manifest)}), signatures=None)
     release.release(bundle)  # what we would not take we do not make
     return bundle
+
+
+def files(sources: Sources) -> Mapping[str, bytes]:
+    """Rules and data as a bundle would hold them, not compiled and not looked at. Raises `NotBuilt`."""
+    found, _ = _rules(sources)
+    return {**found, DATA: _merged(sources)}
 
 
 def library() -> Path:

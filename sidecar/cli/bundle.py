@@ -29,7 +29,7 @@ def add(groups: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--policy", metavar="DIR", type=Path, help="the rules (default: the library that came with this program)"
     )
     build.add_argument(
-        "--overlay", metavar="TEAM=DIR", type=_pair, action="append", default=[], help="rules of a team, in team.<TEAM>"
+        "--overlay", metavar="TEAM=DIR", type=pair, action="append", default=[], help="rules of a team, in team.<TEAM>"
     )
     build.add_argument(
         "--data", metavar="FILE", type=Path, action="append", default=[], help="a data document, JSON or YAML"
@@ -106,7 +106,7 @@ def _build(arguments: argparse.Namespace) -> int:
         if arguments.key
         else None
     )
-    bundle = build.build(_opa(), sources, stamp)
+    bundle = build.build(opa_binary(), sources, stamp)
     if key is not None:
         bundle = signature.sign(bundle, key, arguments.scope)
     build.written(arguments.output, bundle)
@@ -221,7 +221,7 @@ def _read(path: Path) -> Bundle:
         raise OperatorFault(f"{path}: {fault}", code=fault.code) from fault
 
 
-def _opa() -> Path:
+def opa_binary() -> Path:
     from sidecar.decision import install  # noqa: PLC0415
 
     opa = install.find()
@@ -230,7 +230,7 @@ def _opa() -> Path:
     return opa
 
 
-def _pair(text: str) -> tuple[str, Path]:
+def pair(text: str) -> tuple[str, Path]:
     name, sign, path = text.partition("=")
     if not sign or not name or not path:
         raise argparse.ArgumentTypeError("must be TEAM=DIR")

@@ -14,7 +14,7 @@ order: by label, or by a stable share of SPIFFE IDs. `TRANSITIONS` is all that c
 Settled: the current serial is for everybody. Halted: the candidate goes no further, and its rings go back to the current one
 as far as the candidate's own signed permission reaches (`may_return_to`, `return_until`). Returned: the serial before is
 for everybody again, under the same permission. Where the permission does not reach, a sidecar would refuse the way back: it
-keeps what it has, and the status says so.
+keeps what it has (`assigned`), and the status says so.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ TRANSITIONS: Mapping[tuple[State, Action], State] = MappingProxyType(
 )
 """`promote` out of the last ring settles: see `moved`."""
 MAX_RINGS = 32
+GONE_SECONDS = 300.0
+"""Who was not heard of for so long is taken to be gone, where no gate says another time."""
 
 
 class NotPossible(ClientFault):
@@ -89,7 +91,9 @@ class Gates:
     max_shadow_flips: int | None = 0
     """Decisions that the candidate, asked beside the policy in force, would have taken the other way."""
     max_silent_seconds: float | None = 300.0
-    """For how long a sidecar that got the candidate may not be heard of."""
+    """For how long a sidecar that was handed the candidate may not be heard of."""
+    max_behind: int | None = 0
+    """Sidecars of the rings reached that need not run it yet when it is promoted. Looked at then only."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +118,8 @@ class Rollout:
     previous: int | None = None
     """The serial before `current`, to which a rollback leads."""
     candidate: int | None = None
+    highest: int | None = None
+    """Of all that began here: nothing below it may begin, since whoever has accepted it would refuse that."""
     reached: int = 0
     rings: tuple[Ring, ...] = (Ring(name="all", percent=100.0),)
     gates: Gates = Gates()
@@ -129,12 +135,30 @@ class Rollout:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Holding:
+    """What is known of what a sidecar has accepted; nothing, where it never said."""
+
+    runs: int | None = None
+    highest: int | None = None
+    """It goes below this one only where this one allows it."""
+
+
+UNKNOWN = Holding()
+NO_VERSIONS: Mapping[int, Version] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What one sidecar said last, and when. `id` is proven."""
+    """What one sidecar said last, and when it was heard of last. `id` is proven."""
 
     id: str
     at: float
     serial: int | None
+    """What it runs; of one that never reported, what it was handed and came back with."""
+    highest: int | None = None
+    """Of all that it ever said it runs."""
+    given: int | None = None
+    """What it was handed last."""
     labels: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     error_serial: int | None = None
     """The serial that it could not activate; None where there is no error."""
@@ -158,7 +182,7 @@ class Report:
 def share_of(bundle: str, spiffe_id: str) -> float:
     """Where an ID stands among all, from 0 to 100: always the same, and not the same for each bundle."""
     digest = hashlib.sha256(f"{bundle}\0{spiffe_id}".encode()).digest()
-    return int.from_bytes(digest[:8]) * 100 / 2**64
+    return int.from_bytes(digest[:6]) * 100 / 2**48  # with more bits it would be rounded to 100, where no ring reaches
 
 
 def in_rings(rollout: Rollout, spiffe_id: str, labels: Mapping[str, str], reached: int | None = None) -> bool:
@@ -174,22 +198,45 @@ def _holds(ring: Ring, share: float, labels: Mapping[str, str]) -> bool:
     return all(labels.get(name) == value for name, value in ring.labels.items())
 
 
-def assigned(rollout: Rollout, spiffe_id: str, labels: Mapping[str, str]) -> int | None:
-    """The serial that a sidecar is to run; None where there is none for it."""
-    if (
-        rollout.candidate is not None
-        and rollout.state in {"rolling", "paused"}
-        and in_rings(rollout, spiffe_id, labels)
-    ):
-        return rollout.candidate
-    return rollout.current
+def intended(rollout: Rollout, spiffe_id: str, labels: Mapping[str, str]) -> int | None:
+    """The serial that a sidecar with these labels should run; None where there is none for it."""
+    return rollout.candidate if _moving(rollout) and in_rings(rollout, spiffe_id, labels) else rollout.current
+
+
+def assigned(
+    rollout: Rollout,
+    spiffe_id: str,
+    labels: Mapping[str, str],
+    holding: Holding = UNKNOWN,
+    versions: Mapping[int, Version] = NO_VERSIONS,
+    now: float = 0.0,
+) -> int | None:
+    """The serial to hand to a sidecar: what is intended for it, or what it has where it would have to refuse that."""
+    intent = intended(rollout, spiffe_id, labels)
+    if intent is None:
+        return holding.runs
+    for serial in (intent, holding.runs):
+        if serial is not None and (serial == holding.runs or _accepted(serial, holding, versions, now)):
+            return serial
+    return holding.highest
+
+
+def _accepted(serial: int, holding: Holding, versions: Mapping[int, Version], now: float) -> bool:
+    """Whether it would take this one: the rule of `bundles.release.accept`."""
+    known = [one for one in (holding.runs, holding.highest) if one is not None]
+    if not known or serial >= (highest := max(known)):
+        return True
+    return highest in versions and versions[highest].allows_return(serial, now)
 
 
 def shadowed(rollout: Rollout, spiffe_id: str, labels: Mapping[str, str]) -> int | None:
     """The serial to ask beside the one in force: a candidate that this sidecar does not run yet."""
-    if rollout.candidate is None or rollout.state not in {"rolling", "paused"}:
-        return None
-    return None if in_rings(rollout, spiffe_id, labels) else rollout.candidate
+    return rollout.candidate if _moving(rollout) and not in_rings(rollout, spiffe_id, labels) else None
+
+
+def _moving(rollout: Rollout) -> bool:
+    """Whether its rings have the candidate."""
+    return rollout.candidate is not None and rollout.state in {"rolling", "paused"}
 
 
 # ── what may follow ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -198,15 +245,21 @@ def shadowed(rollout: Rollout, spiffe_id: str, labels: Mapping[str, str]) -> int
 def started(
     rollout: Rollout, version: Version, rings: Sequence[Ring], gates: Gates, why: str, *, shadow_first: bool = False
 ) -> Rollout:
-    """Begin with a candidate. With `shadow_first` no ring has it at first: it is only asked beside. Raises `NotPossible`."""
+    """Begin with a candidate. With `shadow_first` no ring has it at first: it is only asked beside.
+
+    One that was begun with before may be begun with again, after a halt or a return. Raises `NotPossible` or `Malformed`.
+    """
     state = rollout.check("start")
-    known = [serial for serial in (rollout.current, rollout.previous, rollout.candidate) if serial is not None]
-    if known and version.serial <= max(known):
-        raise NotPossible(public=f"serial {version.serial} is not above {max(known)}: sidecars would refuse it")
+    if rollout.current is not None and version.serial <= rollout.current:
+        raise NotPossible(public=f"serial {version.serial} is not above {rollout.current}, which is in force")
+    if rollout.highest is not None and version.serial < rollout.highest:
+        raise NotPossible(
+            public=f"serial {version.serial} is below {rollout.highest}: who has accepted that would refuse it"
+        )
     _sound(rings)
     return replace(
-        rollout, state=state, candidate=version.serial, rings=tuple(rings), gates=gates, reason=why,
-        reached=0 if shadow_first else 1,
+        rollout, state=state, candidate=version.serial, highest=version.serial, rings=tuple(rings), gates=gates,
+        reason=why, reached=0 if shadow_first else 1,
     )  # fmt: skip
 
 
@@ -256,7 +309,7 @@ def _sound(rings: Sequence[Ring]) -> None:
 
 def broken_gates(rollout: Rollout, reports: Sequence[Report], now: float) -> list[str]:
     """Why the candidate must go no further, a sentence each; empty where nothing speaks against it."""
-    if rollout.candidate is None or rollout.state not in {"rolling", "paused"}:
+    if not _moving(rollout):
         return []
     gates, found = rollout.gates, []
     mine = [report for report in reports if in_rings(rollout, report.id, report.labels)]
@@ -275,18 +328,29 @@ def broken_gates(rollout: Rollout, reports: Sequence[Report], now: float) -> lis
         if flips > gates.max_shadow_flips:
             found.append(f"{flips} decisions would have gone the other way under serial {rollout.candidate}")
     if gates.max_silent_seconds is not None:
-        silent = [report for report in mine if now - report.at > gates.max_silent_seconds]
-        found += [f"{report.id} has not been heard of for {now - report.at:.0f} s" for report in silent]
+        found += [
+            f"{report.id} has not been heard of for {now - report.at:.0f} s"
+            for report in mine
+            if rollout.candidate in {report.serial, report.given} and now - report.at > gates.max_silent_seconds
+        ]
     return found
 
 
 def unmet(rollout: Rollout, reports: Sequence[Report], now: float) -> list[str]:
-    """What stands in the way of a promotion: broken gates, and who has the candidate assigned and does not run it."""
+    """What stands in the way of a promotion: broken gates, and who has the candidate assigned and does not run it.
+
+    Who went silent before being handed the candidate is no longer there, and in nobody's way.
+    """
+    patience = rollout.gates.max_silent_seconds or GONE_SECONDS
     behind = [
         report.id
         for report in reports
-        if in_rings(rollout, report.id, report.labels) and report.serial != rollout.candidate
+        if in_rings(rollout, report.id, report.labels)
+        and report.serial != rollout.candidate
+        and (rollout.candidate == report.given or now - report.at <= patience)
     ]
+    if rollout.gates.max_behind is None or len(behind) <= rollout.gates.max_behind:
+        behind = []
     waiting = [f"{len(behind)} of the ring do not run serial {rollout.candidate} yet: {behind[0]}"] if behind else []
     return broken_gates(rollout, reports, now) + waiting
 
