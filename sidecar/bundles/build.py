@@ -2,8 +2,9 @@
 
 The same sources, revision, serial and time give the same bundle, byte for byte. Overlays keep to a root of their own
 (`team/<name>`): what they say is asked by the library for traffic and by nobody else, so that an overlay which allows
-everything opens nothing but traffic. Tests and schemas stay out. Real OPA compiles the whole before it may be signed, the
-library's lint is asked about the data, and what can be proven of each entrypoint is written into the metadata.
+everything opens nothing but traffic. OPA itself says which package a file belongs to: a file can be spelt so that any
+shorter look finds another. Tests and schemas stay out. Real OPA compiles the whole before it may be signed, the library's
+lint is asked about the data, and what can be proven of each entrypoint is written into the metadata.
 """
 
 from __future__ import annotations
@@ -18,27 +19,18 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
-from typing import cast
-
-import yaml
 
 from sidecar.bundles import archive as archives
-from sidecar.bundles import canonical, purity, release
+from sidecar.bundles import documents, literal, purity, release
 from sidecar.bundles.archive import DATA, MANIFEST, Bundle
-from sidecar.bundles.canonical import NotJson, Value
+from sidecar.bundles.documents import NotBuilt
 from sidecar.bundles.release import Purity
-from sidecar.errors import OperatorFault
+
+__all__ = ["NotBuilt", "Sources", "Stamp", "build", "files", "key_pair", "library", "time_text", "written"]
 
 TEAM = "team"
 _TEAM_NAME = re.compile(r"[a-z][a-z0-9_]{0,62}")
-_PACKAGE = re.compile(r"^\s*package\s+([A-Za-z_][A-Za-z0-9_.]*)\s*(?:#.*)?$", re.MULTILINE)
 _OPA_TIMEOUT = 120.0
-
-
-class NotBuilt(OperatorFault):
-    """Sources that make no bundle; the text has a line for each problem."""
-
-    code = "bundle_not_built"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +41,8 @@ class Sources:
     """Name of a team → directory with its rules, all of them in packages below `team.<name>`."""
     data: Sequence[Path] = ()
     """Documents in JSON or YAML, each the whole of `data` from the top, merged; no two may say the same thing."""
+    compile_rbac: bool = False
+    """Whether the roles become literal rules (`literal`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,25 +57,34 @@ class Stamp:
 
 
 def build(opa: Path, sources: Sources, stamp: Stamp) -> Bundle:
-    """Make a bundle. Blocks. Raises `NotBuilt`."""
+    """Make a bundle. Blocks. Raises `NotBuilt`, or `BundleRefused` where a sidecar would not take what came of it."""
+    if stamp.may_return_to and stamp.return_until is None:
+        raise NotBuilt("may_return_to needs return_until: a permission to go back has an end")
     parts, roots = _rules(sources)
-    parts[DATA] = _merged(sources)
+    parts[DATA] = _data(sources)
     manifest: dict[str, object] = {"revision": stamp.revision, "roots": roots, "rego_version": 1}
     with tempfile.TemporaryDirectory(prefix="bundle-") as work:
-        stage = Path(work)
-        _write(stage, {**parts, MANIFEST: _json(manifest)})
+        stage = Path(work, "written")
+        _write(stage, {**parts, MANIFEST: documents.encoded(manifest)})
         _run(opa, stage, "check", "--strict", "--bundle", ".")
+        for team in sources.overlays:
+            _keeps_to_its_root(opa, stage, team, [name for name in parts if name.startswith(f"{TEAM}/{team}/")])
         _lint(opa, stage)
+        if sources.compile_rbac:
+            parts = literal.compiled(parts)
+            stage = Path(work, "compiled")
+            _write(stage, {**parts, MANIFEST: documents.encoded(manifest)})
+            _run(opa, stage, "check", "--strict", "--bundle", ".")
         manifest["metadata"] = _metadata(stamp, purity.proofs(opa, stage))
-    bundle = Bundle(files=MappingProxyType({**parts, MANIFEST: _json(manifest)}), signatures=None)
-    release.release(bundle)  # what we would not take we do not make
+    bundle = Bundle(files=MappingProxyType({**parts, MANIFEST: documents.encoded(manifest)}), signatures=None)
+    release.release(archives.read(archives.pack(bundle)))  # what we would not take we do not make
     return bundle
 
 
 def files(sources: Sources) -> Mapping[str, bytes]:
     """Rules and data as a bundle would hold them, not compiled and not looked at. Raises `NotBuilt`."""
     found, _ = _rules(sources)
-    return {**found, DATA: _merged(sources)}
+    return {**found, DATA: _data(sources)}
 
 
 def library() -> Path:
@@ -94,20 +97,32 @@ def library() -> Path:
 
 
 def key_pair(private: Path, public: Path) -> None:
-    """Write an ES256 key pair in PEM; the private one for its owner only. Raises `NotBuilt` where there is one already."""
+    """Write an ES256 key pair in PEM; the private one for its owner only.
+
+    Raises `NotBuilt`, where there is one of the two already, too; nothing is ever written over.
+    """
     from cryptography.hazmat.primitives import serialization  # noqa: PLC0415  only this function needs it
     from cryptography.hazmat.primitives.asymmetric import ec  # noqa: PLC0415
 
+    if private == public:
+        raise NotBuilt(f"{private}: the two keys need two names")
     key = ec.generate_private_key(ec.SECP256R1())
     pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    shown = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    _write_new(public, shown, 0o644)
     try:
-        with open(os.open(private, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
-            file.write(pem)
-        public.write_bytes(
-            key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-        )
+        _write_new(private, pem, 0o600)
+    except NotBuilt:
+        public.unlink()  # of a pair that there is not
+        raise
+
+
+def _write_new(path: Path, content: bytes, mode: int) -> None:
+    try:
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode), "wb") as file:
+            file.write(content)
     except OSError as error:
-        raise NotBuilt(f"{private}: {error.strerror}") from error
+        raise NotBuilt(f"{path}: {error.strerror}") from error
 
 
 # ── rules ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -121,10 +136,11 @@ def _rules(sources: Sources) -> tuple[dict[str, bytes], list[str]]:
             raise NotBuilt(
                 f"overlay {team}: a team's name is of lower-case letters, digits and _, and begins with a letter"
             )
-        roots.append(f"{TEAM}/{team}")
-        for name, content in _rego(directory):
-            _keeps_to_its_root(team, directory / name, content)
-            files[f"{TEAM}/{team}/{name}"] = content
+        if taken := [name for name in files if name.startswith(f"{TEAM}/{team}/")]:
+            raise NotBuilt(f"{sources.policies / taken[0]}: its place belongs to the overlay {team}")
+        if TEAM not in roots:
+            roots.append(f"{TEAM}/{team}")
+        files.update((f"{TEAM}/{team}/{name}", content) for name, content in _rego(directory))
     if not files:
         raise NotBuilt(f"{sources.policies}: there are no rules (*.rego)")
     return files, roots
@@ -137,84 +153,54 @@ def _rego(directory: Path) -> Iterator[tuple[str, bytes]]:
     for path in sorted(directory.rglob("*.rego")):
         name = path.relative_to(directory).as_posix()
         if not path.name.endswith("_test.rego") and not any(part.startswith(".") for part in name.split("/")):
-            yield name, _read(path)
+            yield name, _read(path, within=directory)
+
+
+def _read(path: Path, within: Path) -> bytes:
+    """What a team hands in must not bring in what lies elsewhere on the machine that builds."""
+    if not path.resolve().is_relative_to(within.resolve()):
+        raise NotBuilt(f"{path}: leads out of {within}")
+    return documents.read(path)
 
 
 def _roots(directory: Path) -> list[str]:
     path = directory / MANIFEST
     if not path.is_file():
         return ["sidecar"]
-    manifest = _parsed(path, _read(path))
-    roots = manifest.get("roots") if isinstance(manifest, dict) else None
-    if not isinstance(roots, list) or not roots or not all(isinstance(root, str) and root for root in roots):
+    roots = documents.document(path).get("roots")
+    if not isinstance(roots, list) or not roots or not all(isinstance(root, str) and root.strip("/") for root in roots):
         raise NotBuilt(f"{path}: roots must name what the rules own")
-    if any(str(root).split("/")[0] == TEAM for root in roots):
-        raise NotBuilt(f"{path}: the root {TEAM} belongs to overlays")
-    return [str(root) for root in roots]
+    if any(str(root).strip("/").startswith(f"{TEAM}/") for root in roots):
+        raise NotBuilt(f"{path}: the root {TEAM} belongs to overlays: it is owned as a whole or not at all")
+    return [str(root).strip("/") for root in roots]
 
 
-def _keeps_to_its_root(team: str, path: Path, content: bytes) -> None:
-    """OPA would refuse a package outside all roots; one inside another's root it would take."""
-    found = _PACKAGE.search(content.decode("utf-8", "replace"))
-    package = found[1] if found else ""
-    if package != f"{TEAM}.{team}" and not package.startswith(f"{TEAM}.{team}."):
-        raise NotBuilt(f"{path}: its package is {package or 'not plain to see'}, and must be {TEAM}.{team} or below")
+def _keeps_to_its_root(opa: Path, stage: Path, team: str, names: Sequence[str]) -> None:
+    """OPA refuses a package outside all roots; one inside another's root it would take."""
+    for name in names:
+        terms = json.loads(_run(opa, stage, "parse", "--format", "json", name))["package"]["path"]
+        if [term["value"] for term in terms[:3]] != ["data", TEAM, team]:
+            package = ".".join(str(term["value"]) for term in terms[1:])
+            raise NotBuilt(f"{name}: its package is {package}, and must be {TEAM}.{team} or below")
 
 
 # ── data ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _merged(sources: Sources) -> bytes:
+def _data(sources: Sources) -> bytes:
     """One document out of all: overlays' own `data.json|yaml` come under their roots."""
-    whole: dict[str, Value] = {}
-    for path in sources.data:
-        _merge(whole, _document(path), path, ())
+    parts = [(path, documents.document(path)) for path in sources.data]
+    for path, one in parts:
+        if TEAM in one:
+            raise NotBuilt(f"{path}: {TEAM} belongs to overlays, and their data comes with them")
     for team, directory in sorted(sources.overlays.items()):
-        for path in sorted(directory.glob("data.*")):
+        for path in sorted(directory.rglob("data.*")):
             if path.suffix in {".json", ".yaml", ".yml"}:
-                _merge(whole, {TEAM: {team: _document(path)}}, path, ())
-    return canonical.encode(whole)
-
-
-def _merge(into: dict[str, Value], more: dict[str, Value], path: Path, at: tuple[str, ...]) -> None:
-    for key, value in more.items():
-        mine = into.get(key)
-        if isinstance(mine, dict) and isinstance(value, dict):
-            _merge(mine, value, path, (*at, key))
-        elif key in into:
-            raise NotBuilt(f"{path}: {'.'.join((*at, key))} is given in another document too")
-        else:
-            into[key] = value
-
-
-def _document(path: Path) -> dict[str, Value]:
-    content = _read(path)
-    value = _parsed(path, content) if path.suffix == ".json" else _from_yaml(path, content)
-    if not isinstance(value, dict):
-        raise NotBuilt(f"{path}: must be an object")
-    return value
-
-
-def _from_yaml(path: Path, content: bytes) -> Value:
-    """YAML as JSON. Dates and other things that JSON does not have are refused: they would silently become text."""
-    try:
-        return canonical.plain(yaml.safe_load(content))
-    except (yaml.YAMLError, TypeError, ValueError) as error:
-        raise NotBuilt(f"{path}: {' '.join(str(error).split())}") from error
-
-
-def _parsed(path: Path, content: bytes) -> Value:
-    try:
-        return canonical.parse(content)
-    except NotJson as error:
-        raise NotBuilt(f"{path} {error}") from error
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise NotBuilt(f"{path}: {error.strerror}") from error
+                if path.parent != directory:
+                    raise NotBuilt(f"{path}: data of an overlay stands at its top")
+                _read(path, within=directory)
+                parts.append((path, {TEAM: {team: documents.document(path)}}))
+    return documents.merged(parts)
 
 
 # ── what the whole says ───────────────────────────────────────────────────────────────────────────────────────────
@@ -251,14 +237,14 @@ def _write(stage: Path, files: Mapping[str, bytes]) -> None:
         path.write_bytes(content)
 
 
-def _json(value: Mapping[str, object]) -> bytes:
-    return canonical.encode(canonical.plain(cast("object", value)))
-
-
 def _run(opa: Path, stage: Path, *arguments: str) -> str:
-    done = subprocess.run(
-        [opa.resolve(), *arguments], cwd=stage, capture_output=True, text=True, timeout=_OPA_TIMEOUT, check=False
-    )
+    command = [str(opa.resolve()), *arguments]
+    try:
+        done = subprocess.run(command, cwd=stage, capture_output=True, text=True, timeout=_OPA_TIMEOUT, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise NotBuilt(f"opa {arguments[0]}: no end in {_OPA_TIMEOUT:g} s") from error
+    except OSError as error:
+        raise NotBuilt(f"{opa}: {error.strerror}") from error
     if done.returncode:
         raise NotBuilt(f"opa {arguments[0]}: {(done.stderr or done.stdout).strip()}")
     return done.stdout
@@ -266,10 +252,15 @@ def _run(opa: Path, stage: Path, *arguments: str) -> str:
 
 def written(archive: Path, bundle: Bundle) -> None:
     """Write the archive by renaming, so that no reader sees half of it. Raises `NotBuilt`."""
-    fresh = archive.with_name(f".{archive.name}.new")
+    fresh = archive.with_name(f".{archive.name}.{os.getpid()}.new")
     try:
         archive.parent.mkdir(parents=True, exist_ok=True)
-        fresh.write_bytes(archives.pack(bundle))
+        fresh.unlink(missing_ok=True)
+        with fresh.open("xb") as file:
+            file.write(archives.pack(bundle))
+            file.flush()
+            os.fsync(file.fileno())
         fresh.replace(archive)
     except OSError as error:
+        fresh.unlink(missing_ok=True)
         raise NotBuilt(f"{archive}: {error.strerror}") from error

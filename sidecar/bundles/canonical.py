@@ -3,15 +3,20 @@
 A signature covers the *meaning* of a JSON file, not its bytes (white space and the order of keys may change), with one
 exception: OPA keeps a number as it was spelt, so `1e3` and `1000` hash differently. Numbers are therefore never turned into
 numbers here. What JSON leaves open is refused, since two readers may take it two ways: a key twice, NaN, a lone surrogate,
-a byte order mark.
+a byte order mark, nesting deeper than `MAX_DEPTH`.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from json.encoder import encode_basestring as _quoted
 from typing import TypeAlias
 
 Value: TypeAlias = "bool | str | Number | list[Value] | dict[str, Value] | None"
+
+MAX_DEPTH = 200
+"""Lists and objects within each other. A number of ours, so that it does not depend on how deep whoever reads stands."""
 
 
 class Number(str):
@@ -25,12 +30,9 @@ class NotJson(ValueError):
 
 
 def parse(data: bytes) -> Value:
-    """Read JSON, keeping numbers as they are spelt. Raises `NotJson`."""
+    """Read JSON, keeping numbers as they are spelt. Raises `NotJson`; whether there is a canonical spelling, `encode` says."""
     try:
-        text = data.decode("utf-8")
-        return json.loads(  # type: ignore[no-any-return]
-            text, parse_int=Number, parse_float=Number, parse_constant=_no_constant, object_pairs_hook=_unique
-        )
+        return _decode(data.decode("utf-8"))
     except RecursionError as error:
         raise NotJson("is nested too deep") from error
     except UnicodeDecodeError as error:
@@ -58,8 +60,7 @@ def plain(value: object) -> Value:
     return parse(json.dumps(value, allow_nan=False, ensure_ascii=False).encode())
 
 
-def _write(value: Value, put: object) -> None:
-    assert callable(put)  # noqa: S101  (a bound method; the type would be longer than the function)
+def _write(value: Value, put: Callable[[str], object], depth: int = 0) -> None:
     if value is None:
         put("null")
     elif value is True:
@@ -70,25 +71,24 @@ def _write(value: Value, put: object) -> None:
         put(str(value))
     elif isinstance(value, str):
         put(_quoted(value))
+    elif depth == MAX_DEPTH:
+        raise NotJson("is nested too deep")
     elif isinstance(value, list):
         put("[")
         for index, item in enumerate(value):
             if index:
                 put(",")
-            _write(item, put)
+            _write(item, put, depth + 1)
         put("]")
     else:
         put("{")
         for index, key in enumerate(sorted(value)):
-            put("," if index else "")
+            if index:
+                put(",")
             put(_quoted(key))
             put(":")
-            _write(value[key], put)
+            _write(value[key], put, depth + 1)
         put("}")
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
 
 
 def _no_constant(name: str) -> Value:
@@ -98,6 +98,14 @@ def _no_constant(name: str) -> Value:
 def _unique(pairs: list[tuple[str, Value]]) -> dict[str, Value]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        twice = next(key for index, (key, _) in enumerate(pairs) if any(key == other for other, _ in pairs[:index]))
-        raise NotJson(f"has the key {twice[:60]!r} twice")
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise NotJson(f"has the key {key[:60]!a} twice")
+            seen.add(key)
     return found
+
+
+_decode: Callable[[str], Value] = json.JSONDecoder(
+    parse_int=Number, parse_float=Number, parse_constant=_no_constant, object_pairs_hook=_unique
+).decode

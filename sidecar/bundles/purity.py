@@ -23,160 +23,28 @@ RulePath: TypeAlias = tuple[str, ...]
 
 ENTRYPOINTS = tuple(f"sidecar/{one}/decision" for one in ("inbound", "outbound", "egress", "management", "fleet"))
 
-PURE_BUILTINS = frozenset(
-    [
-        "abs",
-        "and",
-        "array.concat",
-        "array.flatten",
-        "array.reverse",
-        "array.slice",
-        "assign",
-        "base64.decode",
-        "base64.encode",
-        "base64.is_valid",
-        "base64url.decode",
-        "base64url.encode",
-        "base64url.encode_no_pad",
-        "bits.and",
-        "bits.lsh",
-        "bits.negate",
-        "bits.or",
-        "bits.rsh",
-        "bits.xor",
-        "ceil",
-        "concat",
-        "contains",
-        "count",
-        "crypto.hmac.equal",
-        "crypto.hmac.md5",
-        "crypto.hmac.sha1",
-        "crypto.hmac.sha256",
-        "crypto.hmac.sha512",
-        "crypto.md5",
-        "crypto.sha1",
-        "crypto.sha256",
-        "div",
-        "endswith",
-        "eq",
-        "equal",
-        "floor",
-        "format_int",
-        "glob.match",
-        "glob.quote_meta",
-        "graph.reachable",
-        "graph.reachable_paths",
-        "gt",
-        "gte",
-        "hex.decode",
-        "hex.encode",
-        "indexof",
-        "indexof_n",
-        "internal.member_2",
-        "internal.member_3",
-        "internal.template_string",
-        "intersection",
-        "is_array",
-        "is_boolean",
-        "is_null",
-        "is_number",
-        "is_object",
-        "is_set",
-        "is_string",
-        "json.filter",
-        "json.is_valid",
-        "json.marshal",
-        "json.marshal_with_options",
-        "json.patch",
-        "json.remove",
-        "json.unmarshal",
-        "lower",
-        "lt",
-        "lte",
-        "max",
-        "min",
-        "minus",
-        "mul",
-        "neq",
-        "net.cidr_contains",
-        "net.cidr_contains_matches",
-        "net.cidr_expand",
-        "net.cidr_intersects",
-        "net.cidr_is_valid",
-        "net.cidr_merge",
-        "net.cidr_overlap",
-        "numbers.range",
-        "numbers.range_step",
-        "object.filter",
-        "object.get",
-        "object.keys",
-        "object.remove",
-        "object.subset",
-        "object.union",
-        "object.union_n",
-        "or",
-        "plus",
-        "product",
-        "regex.find_all_string_submatch_n",
-        "regex.find_n",
-        "regex.globs_match",
-        "regex.is_valid",
-        "regex.match",
-        "regex.replace",
-        "regex.split",
-        "regex.template_match",
-        "rem",
-        "replace",
-        "round",
-        "semver.compare",
-        "semver.is_valid",
-        "sort",
-        "split",
-        "sprintf",
-        "startswith",
-        "strings.any_prefix_match",
-        "strings.any_suffix_match",
-        "strings.count",
-        "strings.render_template",
-        "strings.replace_n",
-        "strings.reverse",
-        "strings.split_n",
-        "substring",
-        "sum",
-        "time.add_date",
-        "time.clock",
-        "time.date",
-        "time.diff",
-        "time.format",
-        "time.parse_duration_ns",
-        "time.parse_ns",
-        "time.parse_rfc3339_ns",
-        "time.weekday",
-        "to_number",
-        "trim",
-        "trim_left",
-        "trim_prefix",
-        "trim_right",
-        "trim_space",
-        "trim_suffix",
-        "type_name",
-        "union",
-        "units.parse",
-        "units.parse_bytes",
-        "upper",
-        "uri.is_valid",
-        "uri.parse",
-        "urlquery.decode",
-        "urlquery.decode_object",
-        "urlquery.encode",
-        "urlquery.encode_object",
-        "uuid.parse",
-        "walk",
-        "yaml.is_valid",
-        "yaml.marshal",
-        "yaml.unmarshal",
-    ]
-)
+_PURE_BUILTINS = """
+    abs and array.concat array.flatten array.reverse array.slice assign base64.decode base64.encode base64.is_valid
+    base64url.decode base64url.encode base64url.encode_no_pad bits.and bits.lsh bits.negate bits.or bits.rsh
+    bits.xor ceil concat contains count crypto.hmac.equal crypto.hmac.md5 crypto.hmac.sha1 crypto.hmac.sha256
+    crypto.hmac.sha512 crypto.md5 crypto.sha1 crypto.sha256 div endswith eq equal floor format_int glob.match
+    glob.quote_meta graph.reachable graph.reachable_paths gt gte hex.decode hex.encode indexof indexof_n
+    internal.member_2 internal.member_3 internal.template_string intersection is_array is_boolean is_null is_number
+    is_object is_set is_string json.filter json.is_valid json.marshal json.marshal_with_options json.patch
+    json.remove json.unmarshal lower lt lte max min minus mul neq net.cidr_contains net.cidr_contains_matches
+    net.cidr_expand net.cidr_intersects net.cidr_is_valid net.cidr_merge net.cidr_overlap numbers.range
+    numbers.range_step object.filter object.get object.keys object.remove object.subset object.union object.union_n
+    or plus product regex.find_all_string_submatch_n regex.find_n regex.globs_match regex.is_valid regex.match
+    regex.replace regex.split regex.template_match rem replace round semver.compare semver.is_valid sort split
+    sprintf startswith strings.any_prefix_match strings.any_suffix_match strings.count strings.render_template
+    strings.replace_n strings.reverse strings.split_n substring sum time.add_date time.clock time.date time.diff
+    time.format time.parse_duration_ns time.parse_ns time.parse_rfc3339_ns time.weekday to_number trim trim_left
+    trim_prefix trim_right trim_space trim_suffix type_name union units.parse units.parse_bytes upper uri.is_valid
+    uri.parse urlquery.decode urlquery.decode_object urlquery.encode urlquery.encode_object uuid.parse walk
+    yaml.is_valid yaml.marshal yaml.unmarshal
+"""
+PURE_BUILTINS = frozenset(_PURE_BUILTINS.split())
+_OPA_TIMEOUT = 120.0
 
 
 def proofs(opa: Path, directory: Path, entrypoints: Iterable[str] = ENTRYPOINTS) -> Mapping[str, Purity]:
@@ -195,11 +63,13 @@ def proofs(opa: Path, directory: Path, entrypoints: Iterable[str] = ENTRYPOINTS)
             "dict[str, list[list[dict[str, Json]]]]",
             _opa(opa, directory, "deps", "-f", "json", "-b", ".", ".".join(path)),
         )
-        fields = tuple(sorted(_fields(said.get("base") or [])))
+        base = said.get("base") or []
+        fields = tuple(sorted(_fields(base)))
         reached = {_path(terms) for terms in said.get("virtual") or []} | {path}
-        called = {name for rule in reached for name in rules.get(rule, ())} & builtins
-        unknown = reached - rules.keys()
-        pure = called <= PURE_BUILTINS and not unknown
+        known = all(any(_overlap(rule, one) for rule in rules) for one in reached)
+        reached |= {_path(terms) for terms in base if terms and terms[0].get("value") == "data"}
+        called = {name for rule in rules if any(_overlap(rule, one) for one in reached) for name in rules[rule]}
+        pure = known and called & builtins <= PURE_BUILTINS
         found[entrypoint] = Purity(pure=pure, fields=fields if pure else ())
     return found
 
@@ -210,6 +80,12 @@ def _fields(base: list[list[dict[str, Json]]]) -> Iterator[FieldPath]:
     for index, path in enumerate(paths):
         if not any(path[: len(shorter)] == shorter for shorter in paths[:index]):
             yield path
+
+
+def _overlap(one: RulePath, other: RulePath) -> bool:
+    """Whether one lies under the other: a reference may end before the head of a rule does, or behind it."""
+    shorter = min(len(one), len(other))
+    return one[:shorter] == other[:shorter]
 
 
 def _path(terms: list[dict[str, Json]]) -> RulePath:
@@ -257,7 +133,13 @@ def _builtins(opa: Path) -> frozenset[str]:
 
 
 def _opa(opa: Path, directory: Path | None, *arguments: str) -> Json:
-    done = subprocess.run([opa, *arguments], cwd=directory, capture_output=True, text=True, timeout=60, check=False)
+    command = [str(opa.resolve()), *arguments]
+    try:
+        done = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=_OPA_TIMEOUT, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise OperatorFault(f"opa {arguments[0]}: no end in {_OPA_TIMEOUT:g} s", code="policy_invalid") from error
+    except OSError as error:
+        raise OperatorFault(f"{opa}: {error.strerror}", code="policy_invalid") from error
     if done.returncode:
         raise OperatorFault(f"opa {arguments[0]}: {(done.stderr or done.stdout).strip()}", code="policy_invalid")
     return cast("Json", json.loads(done.stdout))

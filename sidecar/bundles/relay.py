@@ -11,42 +11,44 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
-from types import MappingProxyType
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 
 import trio
 
-from sidecar.bundles import archive as archives
 from sidecar.bundles import release as releases
-from sidecar.bundles import signature
-from sidecar.bundles.archive import Bounds, Bundle
+from sidecar.bundles.archive import Bundle
 from sidecar.bundles.memory import Memory
 from sidecar.bundles.release import Held, Release
 from sidecar.bundles.sources import Offer, Source
+from sidecar.bundles.terms import Terms, Verified, holds_under, key_of_this_process, taken
 from sidecar.errors import OperatorFault
 from sidecar.model import PolicyBundle
+
+__all__ = ["Activate", "Refusal", "Relay", "Running", "Terms"]
 
 Log = Callable[..., None]
 """`log(event, level, **fields)`; level is "info", "warning" or "error"."""
 Activate = Callable[[PolicyBundle], Awaitable[None]]
 """Returns once decisions come from the bundle; raises `OperatorFault` and leaves the old one."""
 
-_MAX_REFUSED = 64
-"""Refused archives that are remembered, so that none is told twice."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Terms:
-    """On which bundles are taken."""
-
-    keys: Mapping[str, tuple[str, bytes]]
-    """Key id → (algorithm of RFC 7518 §3.1, public key or certificate in PEM)."""
-    scope: str = "sidecar"
-    minimum_serial: int = 0
-    max_policy_age: float | None = None
-    """Seconds."""
-    bounds: Bounds = field(default_factory=Bounds)
+RETRY_INTERVAL = 30.0
+"""Seconds until what was refused for a reason that may pass is tried again."""
+FIRST_LOOK = 2.0
+"""Seconds that a source has, at the start, before the last good bundle is run instead."""
+_MAY_PASS = frozenset(
+    {
+        "bundle_from_future",
+        "bundle_unreadable",
+        "opa_failed",
+        "opa_not_started",
+        "policy_memory_unusable",
+        "runtime_dir_unusable",
+    }
+)
+_AGE_INTERVAL = 5.0
+_MAX_TOLD = 64
+"""Refusals that are remembered, so that none is told twice."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,15 +61,34 @@ class Running:
     activated_at: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """Why something is not as it should be: words and numbers only, where an exception would keep an archive alive."""
+
+    code: str
+    reason: str
+    origin: str
+    serial: int | None = None
+    """Of what was refused, where its signature held."""
+
+    def __str__(self) -> str:
+        return self.reason
+
+
 class Relay:
+    """`load` comes first. Then bundles are offered: by `run`, which follows a source, and by whoever has one.
+
+    `clock` gives Unix seconds.
+    """
+
     def __init__(
         self, terms: Terms, memory: Memory, activate: Activate, log: Log, *, clock: Callable[[], float] = time.time
     ) -> None:
         self.terms = terms
         self.running: Running | None = None
-        self.error: OperatorFault | None = None
-        """Why what was offered last does not run; None where it does."""
-        self.unreachable: OperatorFault | None = None
+        self.error: Refusal | None = None
+        """Why the best of what was offered last does not run; None where it does."""
+        self.unreachable: Refusal | None = None
         """Why the source cannot be asked; None where it answers."""
         self._memory = memory
         self._activate = activate
@@ -76,13 +97,18 @@ class Relay:
         self._held: Held | None = None
         self._bundle: Bundle | None = None
         self._offering = trio.Lock()
-        self._refused: dict[str, OperatorFault] = {}
+        self._considering = trio.Lock()
+        self._ours = key_of_this_process()
+        self._told: dict[tuple[str, str], None] = {}
+        self._again: Sequence[Offer] = ()
+        """What the source gave last, while it is not what runs."""
+        self._looked = trio.Event()
+        self._new_terms = trio.Event()
 
     @property
     def stale(self) -> bool:
         """Whether the newest signed time is too long ago. Nothing accepted is not stale: it is nothing."""
-        age = self.terms.max_policy_age
-        return age is not None and self._held is not None and self._clock() - self._held.newest_created > age
+        return self._held is not None and self._standing(self._held) == "stale"
 
     @property
     def held(self) -> Held | None:
@@ -92,110 +118,184 @@ class Relay:
         """Read what is remembered. Raises `OperatorFault` (`policy_memory_unusable`)."""
         self._held = await trio.to_thread.run_sync(self._memory.held)
 
+    async def run(self, source: Source) -> None:
+        """Follow `source`; where it gives nothing to begin with, run the last good bundle. Ends by cancellation.
+
+        Raises `OperatorFault` (`policy_memory_unusable`).
+        """
+        await self.load()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._begin)
+            await self.follow(source)
+
     async def restore(self) -> None:
-        """Run the last good bundle again, as far as today's terms allow. Raises `OperatorFault` where there is none."""
+        """Run the last good bundle again, as far as today's terms allow. Raises `OperatorFault` where there is none.
+
+        Where something runs already nothing happens.
+        """
         archive = await trio.to_thread.run_sync(self._memory.last_good)
         if archive is None:
             raise OperatorFault("no bundle was accepted before", code="bundle_missing")
-        await self.offer(archive, "state")
+        async with self._offering:
+            if self.running is None:
+                error = self.error
+                await self._try(archive, "state")
+                self.error = error  # that the source has nothing better is still so
+
+    # ── one bundle ────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def offer(self, archive: bytes, origin: str) -> Release:
         """Take a bundle, however it came; return once decisions come from it.
 
-        Raises `OperatorFault` where it is refused: the old one stays, and an archive that was refused before is told of
-        no second time. One that runs already is taken as it is.
+        Raises `OperatorFault` where it is refused: the old one stays, and what was refused before for the same reason is
+        not told again. One that runs already is taken as it is.
         """
-        name = hashlib.sha256(archive).hexdigest()
         async with self._offering:
+            return await self._try(archive, origin)
+
+    async def offer_best(self, offers: Sequence[Offer]) -> Release:
+        """Take the first that is accepted. Raises the `OperatorFault` of the first where none is.
+
+        `error` says why the first was not taken, also where another was.
+        """
+        first: OperatorFault | None = None
+        refusal: Refusal | None = None
+        for one in offers:
             try:
-                release = await self._take(archive, origin)
+                archive = await trio.to_thread.run_sync(one.read)
             except OperatorFault as fault:
-                self.error = fault
-                if name not in self._refused:
-                    while len(self._refused) >= _MAX_REFUSED:
-                        del self._refused[next(iter(self._refused))]
-                    self._refused[name] = fault
-                    self._log("bundle.refused", "error", source=origin, code=fault.code, reason=str(fault))
-                raise
-            self.error = None
-            return release
+                self._refuse(fault, one.origin, one.origin)
+                first, refusal = first or fault, refusal or self.error
+                continue
+            try:
+                release = await self.offer(archive, one.origin)
+            except OperatorFault as fault:
+                first, refusal = first or fault, refusal or self.error
+            else:
+                self.error = refusal
+                return release
+        self.error = refusal
+        raise first or OperatorFault("the source holds no bundle", code="bundle_missing")
 
     async def change(self, terms: Terms) -> None:
-        """Take up other terms, if what runs holds under them. Raises `OperatorFault`, and then nothing has changed."""
+        """Take up other terms, if what runs holds under them. Raises `OperatorFault`, and then nothing has changed.
+
+        What was refused under the old ones is tried again.
+        """
         async with self._offering:
-            bundle, running = self._bundle, self.running
-            if bundle is not None and running is not None:
-                fits = running.release.serial >= terms.minimum_serial
-                if not fits:
-                    raise OperatorFault(
-                        f"serial {running.release.serial} runs, and minimum_serial is {terms.minimum_serial}",
-                        code="bundle_below_minimum",
-                    )
-                if (terms.keys, terms.scope) != (self.terms.keys, self.terms.scope):
-                    await trio.to_thread.run_sync(_verified, bundle, terms)
-                    await self._activate(_handed(bundle, running.release, running.digest, terms))
+            if self._bundle is not None and self.running is not None:
+                verified = await trio.to_thread.run_sync(holds_under, terms, self._ours, self._bundle)
+                await self._activate(verified.handed)
             self.terms = terms
-            self._refused.clear()
+            self._told.clear()
+            self._new_terms.set()
+
+    async def _try(self, archive: bytes, origin: str) -> Release:
+        verified: Verified | None = None
+        try:
+            verified = await trio.to_thread.run_sync(taken, self.terms, self._ours, archive)
+            await self._take(verified, origin)
+        except OperatorFault as fault:
+            if verified is None:
+                self._refuse(fault, origin, hashlib.sha256(archive).hexdigest())
+            else:
+                self._refuse(fault, origin, verified.digest, serial=verified.release.serial)
+            raise
+        self.error = None
+        return verified.release
+
+    async def _take(self, verified: Verified, origin: str) -> None:
+        release, digest = verified.release, verified.digest
+        # Another process of ours may have seen more since we looked.
+        self._held = releases.newest(await trio.to_thread.run_sync(self._memory.held), self._held)
+        held = releases.accept(release, digest, self._held, now=self._clock(), minimum_serial=self.terms.minimum_serial)
+        if self.running is not None and self._bundle is not None and self.running.digest == digest:
+            if verified.bundle.signatures == self._bundle.signatures:
+                return
+            self._bundle = verified.bundle  # signed anew: it stays when the key that it was signed with before goes
+        else:
+            await self._activate(verified.handed)
+            self._bundle = verified.bundle
+            self.running = Running(release=release, digest=digest, origin=origin, activated_at=self._clock())
+            if verified.log_rules:
+                self._log("bundle.log_rules_ignored", "warning", revision=release.revision, serial=release.serial)
+        self._held = held
+        try:
+            self._held = await trio.to_thread.run_sync(self._memory.remember, held, verified.archive)
+        except OperatorFault as fault:  # it runs, and protects as long as we live
+            self._log("bundle.not_remembered", "error", code=fault.code, reason=str(fault))
+
+    def _refuse(self, fault: OperatorFault, origin: str, name: str, *, serial: int | None = None) -> None:
+        self.error = Refusal(code=fault.code, reason=str(fault), origin=origin, serial=serial)
+        told = (name, fault.code)
+        if told not in self._told:
+            self._log("bundle.refused", "error", source=origin, code=fault.code, reason=str(fault), serial=serial)
+        self._told.pop(told, None)
+        self._told[told] = None  # the last to be forgotten
+        while len(self._told) > _MAX_TOLD:
+            del self._told[next(iter(self._told))]
+
+    # ── a source ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def follow(self, source: Source) -> None:
         """Offer what the source has, as it changes. Ends by cancellation."""
-        while True:
-            try:
-                offers = await source.changed()
-            except OperatorFault as fault:
-                if self.unreachable is None or self.unreachable.code != fault.code:
-                    self._log("bundle.fetch_failed", "warning", source=source.name, code=fault.code, reason=str(fault))
-                self.unreachable = fault
-            else:
-                if self.unreachable is not None:
-                    self._log("bundle.fetch_recovered", "info", source=source.name)
-                self.unreachable = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._try_again)
+            nursery.start_soon(self._watch_age)
+            while True:
                 try:
-                    await self.offer_best(offers)
-                except OperatorFault:
-                    pass  # told, and kept in `error`
+                    offers = await source.changed()
+                except OperatorFault as fault:
+                    self._lost(source, fault)
+                else:
+                    if self.unreachable is not None:
+                        self._log("bundle.fetch_recovered", "info", source=source.name)
+                    self.unreachable = None
+                    async with self._considering:
+                        await self._consider(offers)
+                self._looked.set()
 
-    async def offer_best(self, offers: list[Offer]) -> Release:
-        """Take the first that is accepted. Raises the `OperatorFault` of the first where none is."""
-        first: OperatorFault | None = None
-        for one in offers:
-            try:
-                return await self.offer(one.archive, one.origin)
-            except OperatorFault as fault:
-                first = first or fault
-        raise first or OperatorFault("the source holds no bundle", code="bundle_missing")
-
-    async def _take(self, archive: bytes, origin: str) -> Release:
-        bundle, release, digest = await trio.to_thread.run_sync(_read, archive, self.terms)
-        held = releases.accept(release, digest, self._held, now=self._clock(), minimum_serial=self.terms.minimum_serial)
-        if self.running is not None and self.running.digest == digest:
-            return self.running.release
-        handed = await trio.to_thread.run_sync(_handed, bundle, release, digest, self.terms)
-        await self._activate(handed)
-        self._bundle = bundle
-        self.running = Running(release=release, digest=digest, origin=origin, activated_at=self._clock())
-        self._held = held
+    async def _consider(self, offers: Sequence[Offer]) -> None:
         try:
-            self._held = await trio.to_thread.run_sync(self._memory.remember, held, handed.archive)
-        except OperatorFault as fault:  # it runs, and protects as long as we live
-            self._log("bundle.not_remembered", "error", code=fault.code, reason=str(fault))
-        return release
+            await self.offer_best(offers)
+        except OperatorFault:
+            pass  # told, and kept in `error`
+        self._again = offers if self.error is not None else ()
 
+    async def _try_again(self) -> None:
+        """What was refused may hold under other terms, and some reasons pass."""
+        while True:
+            with trio.move_on_after(RETRY_INTERVAL):
+                await self._new_terms.wait()
+            anew, self._new_terms = self._new_terms.is_set(), trio.Event()
+            async with self._considering:
+                if self._again and self.error is not None and (anew or self.error.code in _MAY_PASS):
+                    await self._consider(self._again)
 
-def _read(archive: bytes, terms: Terms) -> tuple[Bundle, Release, str]:
-    bundle = archives.read(archive, terms.bounds)
-    _verified(bundle, terms)
-    return bundle, releases.release(bundle), signature.content_digest(bundle)
+    async def _begin(self) -> None:
+        with trio.move_on_after(FIRST_LOOK):
+            await self._looked.wait()
+        try:
+            await self.restore()
+        except OperatorFault as fault:
+            if fault.code == "policy_memory_unusable":
+                self._refuse(fault, "state", "state")  # everything else is told, or there is nothing to tell
 
+    async def _watch_age(self) -> None:
+        was = False
+        while True:
+            if self.stale != was:
+                was = not was
+                self._log("bundle.expired" if was else "bundle.renewed", "error" if was else "info", age=self._age())
+            await trio.sleep(_AGE_INTERVAL)
 
-def _verified(bundle: Bundle, terms: Terms) -> None:
-    keys = {name: signature.public_key(algorithm, pem) for name, (algorithm, pem) in terms.keys.items()}
-    signature.verify(bundle, keys, terms.scope)
+    def _lost(self, source: Source, fault: OperatorFault) -> None:
+        if self.unreachable is None or self.unreachable.code != fault.code:
+            self._log("bundle.fetch_failed", "warning", source=source.name, code=fault.code, reason=str(fault))
+        self.unreachable = Refusal(code=fault.code, reason=str(fault), origin=source.name)
 
+    def _standing(self, held: Held) -> releases.Standing:
+        return releases.standing(held, now=self._clock(), max_policy_age=self.terms.max_policy_age)
 
-def _handed(bundle: Bundle, release: Release, digest: str, terms: Terms) -> PolicyBundle:
-    return PolicyBundle(
-        archive=archives.pack(bundle), revision=release.revision, serial=release.serial, created=release.created,
-        digest=digest, keys=terms.keys, scope=terms.scope,
-        pure=MappingProxyType({name: proof.fields for name, proof in release.cache.items() if proof.pure}),
-    )  # fmt: skip
+    def _age(self) -> float | None:
+        return None if self._held is None else round(self._clock() - self._held.newest_created)

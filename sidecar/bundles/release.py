@@ -3,7 +3,8 @@
 OPA accepts any bundle whose signature holds, an old one too. So each carries a `serial` that only grows, and a sidecar
 remembers the highest that it has accepted. It goes back only to a serial that the *highest* one names (`may_return_to`),
 and only until `return_until`: a fleet can be sent back by whoever serves bundles, without a key, within what the release
-allowed when it was signed, and never by replaying what was signed before.
+allowed when it was signed, and never by replaying what was signed before. After `return_until` a sidecar that starts
+needs something newer: whoever sends a fleet back has until then to release it.
 
     offered                          held: highest H (its digest, its returns), running R
     ─────────────────────────────────────────────────────────────────────────────────────────
@@ -18,8 +19,9 @@ allowed when it was signed, and never by replaying what was signed before.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import Literal, TypeAlias
@@ -29,9 +31,13 @@ from sidecar.bundles.canonical import Number, Value
 
 MAX_SERIAL = (1 << 53) - 1
 """Every reader of JSON can hold it."""
+_MAX_SECONDS = 1e12
 CLOCK_SKEW = 300.0
 """Seconds that the clock of whoever signs may run ahead of ours."""
 FieldPath: TypeAlias = tuple[str, ...]
+_KNOWN = frozenset({"revision", "roots", "metadata", "rego_version", "file_rego_versions", "wasm"})
+"""Keys of a manifest. Go takes them in any case, and would find a second revision where we see a stranger."""
+_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{1,9})?(?:Z|[+-]\d\d:\d\d)", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,12 +82,20 @@ Standing: TypeAlias = Literal["fresh", "stale"]
 def release(bundle: Bundle) -> Release:
     """Read what the manifest says. Raises `BundleRefused` (`bundle_metadata_invalid`)."""
     manifest = _mapping(bundle.manifest, "the manifest")
+    if strange := sorted(key for key in manifest if key not in _KNOWN and key.casefold() in _KNOWN):
+        raise _invalid(f"the manifest says {strange[0]!a}, which some read as {strange[0].casefold()}")
     metadata = _mapping(manifest.get("metadata", {}), "metadata")
     revision = manifest.get("revision")
-    if not isinstance(revision, str) or not revision or len(revision) > 128 or not revision.isprintable():
+    if (
+        not isinstance(revision, str)
+        or not _is_text(revision)
+        or not revision
+        or len(revision) > 128
+        or not revision.isprintable()
+    ):
         raise _invalid("revision must be text of 1 to 128 printable characters")
     roots = manifest.get("roots")
-    if not isinstance(roots, list) or not roots or not all(isinstance(root, str) and root for root in roots):
+    if not isinstance(roots, list) or not roots or not all(_is_text(root) and str(root).strip("/") for root in roots):
         raise _invalid("roots must name what the bundle owns; without them it would own everything")
     returns = metadata.get("may_return_to", [])
     if not isinstance(returns, list):
@@ -89,12 +103,16 @@ def release(bundle: Bundle) -> Release:
     until = metadata.get("return_until")
     if returns and until is None:
         raise _invalid("may_return_to needs return_until: a permission to go back has an end")
+    serial = _serial(metadata.get("serial"), "serial")
+    back = frozenset(_serial(one, "may_return_to") for one in returns)
+    if back and max(back) >= serial:
+        raise _invalid("may_return_to must name serials below its own")
     return Release(
         revision=revision,
-        serial=_serial(metadata.get("serial"), "serial"),
+        serial=serial,
         created=_time(metadata.get("created"), "created"),
         roots=tuple(str(root) for root in roots),
-        may_return_to=frozenset(_serial(one, "may_return_to") for one in returns),
+        may_return_to=back,
         return_until=None if until is None else _time(until, "return_until"),
         cache=_cache(metadata.get("cache", {})),
     )
@@ -127,6 +145,17 @@ def accept(offered: Release, digest: str, held: Held | None, *, now: float, mini
     )
 
 
+def newest(one: Held | None, other: Held | None) -> Held | None:
+    """What is to be remembered where two sidecars saw different things: the higher release, and the newest time.
+
+    Of two with the same serial it is `one`: what was there first.
+    """
+    if one is None or other is None:
+        return one or other
+    higher = other if other.serial > one.serial else one
+    return replace(higher, newest_created=max(one.newest_created, other.newest_created))
+
+
 def standing(held: Held, *, now: float, max_policy_age: float | None) -> Standing:
     """Whether the newest signed time is recent enough. That the source answers says nothing: it may answer with old news."""
     return "stale" if max_policy_age is not None and now - held.newest_created > max_policy_age else "fresh"
@@ -146,9 +175,10 @@ def from_json(value: object) -> Held:
             raise TypeError("not an object")
         until = value["return_until"]
         return Held(
-            serial=_whole(value["serial"]), digest=_text(value["digest"]), newest_created=float(value["newest_created"]),
+            serial=_whole(value["serial"]), digest=_text(value["digest"]),
+            newest_created=_seconds(value["newest_created"]),
             may_return_to=frozenset(_whole(one) for one in value["may_return_to"]),
-            return_until=None if until is None else float(until),
+            return_until=None if until is None else _seconds(until),
         )  # fmt: skip
     except (KeyError, TypeError) as error:
         raise ValueError(f"not what was remembered: {error}") from error
@@ -187,20 +217,27 @@ def _serial(value: Value, what: str) -> int:
 def _time(value: Value, what: str) -> float:
     """RFC 3339, with its offset."""
     try:
-        if not isinstance(value, str) or isinstance(value, Number):
-            raise _invalid(f"{what} must be text")
-        at = datetime.fromisoformat(value)
-        if at.tzinfo is None:
-            raise ValueError("without offset")
-        return at.astimezone(UTC).timestamp()
+        if not isinstance(value, str) or not _TIME.fullmatch(value):
+            raise ValueError("not of the form")
+        return datetime.fromisoformat(value).astimezone(UTC).timestamp()
     except (ValueError, OverflowError) as error:
         raise _invalid(f"{what} must be a time of RFC 3339, such as 2031-04-01T08:00:00+00:00") from error
 
 
+def _is_text(value: Value) -> bool:
+    return isinstance(value, str) and not isinstance(value, Number)
+
+
 def _whole(value: object) -> int:
-    if type(value) is not int or value < 0:
+    if type(value) is not int or not 0 <= value <= MAX_SERIAL:
         raise TypeError("not a serial")
     return value
+
+
+def _seconds(value: object) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) <= _MAX_SECONDS:
+        raise TypeError("not a time")  # nor is NaN, which is older and newer than nothing
+    return float(value)
 
 
 def _text(value: object) -> str:

@@ -3,60 +3,56 @@
 The hash of a JSON file is that of its canonical spelling, so white space may change and meaning may not; of a rule it is
 that of its bytes. `kid` and `scope` are always written: without a key id OPA must be told which key, and a scope keeps
 a bundle that was signed for one use from another. The algorithm is the verifier's, by key, and never the token's word.
+
+Of what a stranger wrote nothing is parsed but a short header before a signature holds: the file around the token has one
+form, and the claims are bytes until a key vouches for them.
+
 Sources: RFC 7515, RFC 7518 §3, OPA's documentation of bundle signing.
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import json
-import stat
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TypeAlias, cast
-
-from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa, utils
+from typing import cast
 
 from sidecar.bundles import canonical
 from sidecar.bundles.archive import DATA, MANIFEST, SIGNATURES, Bundle, BundleRefused, json_of
-from sidecar.bundles.canonical import NotJson
+from sidecar.bundles.canonical import NotJson, Number
+from sidecar.bundles.keys import SigningKey, VerifyingKey, check, private_key, public_key, signature
 from sidecar.errors import OperatorFault
 
-PrivateKey: TypeAlias = ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey | rsa.RSAPrivateKey
-PublicKey: TypeAlias = ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey | rsa.RSAPublicKey
+__all__ = [
+    "SigningKey",
+    "VerifyingKey",
+    "content_digest",
+    "digest",
+    "names_its_key",
+    "private_key",
+    "public_key",
+    "sign",
+    "verify",
+]
 
-_HASHES: Mapping[str, type[hashes.HashAlgorithm]] = {"256": hashes.SHA256, "384": hashes.SHA384, "512": hashes.SHA512}
-_CURVES: Mapping[str, tuple[type[ec.EllipticCurve], int]] = {
-    "ES256": (ec.SECP256R1, 32), "ES384": (ec.SECP384R1, 48), "ES512": (ec.SECP521R1, 66),
-}  # fmt: skip
 _DIGESTS = {"SHA-256": hashlib.sha256, "SHA-384": hashlib.sha384, "SHA-512": hashlib.sha512}
-_MIN_RSA_BITS = 2048
-_OTHERS = stat.S_IRWXG | stat.S_IRWXO
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VerifyingKey:
-    """A public key and the one algorithm (RFC 7518 §3.1) that it is used with."""
-
-    algorithm: str
-    key: PublicKey
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SigningKey:
-    id: str
-    algorithm: str
-    key: PrivateKey
+_MAX_HEADER_CHARACTERS = 4096
+_WORD = rb"[A-Za-z0-9_-]+"
+_TOKENS = [rb"\{", rb'"signatures"', rb":", rb"\[", rb'"(%b\.%b\.%b)"' % (_WORD, _WORD, _WORD), rb"\]"]
+_PLUGIN = rb"[ \t\r\n]*".join([rb"(?:,", rb'"plugin"', rb":", rb'"(?:_default)?"', rb")?"])
+_ONE_TOKEN = re.compile(rb"[ \t\r\n]*".join([b"", *_TOKENS, _PLUGIN, rb"\}", b""]))
+"""`.signatures.json` as OPA writes it: a JWS in its compact form, and the name of the signer that OPA has built in."""
 
 
 def sign(bundle: Bundle, key: SigningKey, scope: str) -> Bundle:
-    """Return the bundle with a signature in place of any that it had. The same input gives the same bytes."""
+    """Return the bundle with a signature in place of any that it had. The same input gives the same bytes.
+
+    Raises `OperatorFault` (`signing_key_unusable`) where OPA could not tell the key or the scope from none.
+    """
+    if not key.id or not scope:
+        raise OperatorFault("a signature names its key and its scope", code="signing_key_unusable")
     header = {"alg": key.algorithm, "kid": key.id, "typ": "JWT"}
     payload = {
         "files": [
@@ -67,7 +63,7 @@ def sign(bundle: Bundle, key: SigningKey, scope: str) -> Bundle:
         "scope": scope,
     }
     signed = f"{_encoded(header)}.{_encoded(payload)}"
-    token = f"{signed}.{_unpadded(_signature(key, signed.encode()))}"
+    token = f"{signed}.{_unpadded(signature(key, signed.encode()))}"
     return Bundle(files=bundle.files, signatures=json.dumps({"signatures": [token]}).encode())
 
 
@@ -76,29 +72,26 @@ def verify(bundle: Bundle, keys: Mapping[str, VerifyingKey], scope: str) -> str:
 
     Raises `BundleRefused` (`bundle_unsigned`, `bundle_signature_invalid`, `bundle_scope_mismatch`, `bundle_key_unknown`).
     """
-    token = _token(bundle)
+    head, body, raw = _token(bundle)
+    header, signed = _header(head), f"{head}.{body}".encode("ascii")
+    stated = _stated(header.get("kid"), "kid")
+    holding = _holding(header, stated, signed, raw, keys)
     try:
-        head, body, signature = token.split(".")
-        header, raw = _object(head), _decoded(signature)
-        claims = _object(body)
-    except (ValueError, binascii.Error) as error:
-        raise _invalid(f"it cannot be read: {error}") from error
-    key_id = _key_id(header, claims, keys)
-    key = keys[key_id]
-    if header.get("alg") != key.algorithm:
-        raise _invalid(f"it says {str(header.get('alg'))[:20]}, and key {key_id} is for {key.algorithm}")
-    if "crit" in header:
-        raise _invalid("it has a critical header that is not understood")
-    try:
-        _check(key, raw, f"{head}.{body}".encode("ascii"))
-    except (InvalidSignature, ValueError) as error:
-        raise _invalid(f"it was not made with key {key_id}") from error
-    if claims.get("scope", "") != scope:
-        raise BundleRefused(
-            f"it was signed for scope {str(claims.get('scope'))[:60]!r}, not {scope!r}", code="bundle_scope_mismatch"
-        )
+        claims = _object(_decoded(body))
+    except ValueError as error:
+        raise _invalid(f"its claims cannot be read: {error}") from error
+    key_id = _key_id(stated, _stated(claims.get("keyid"), "keyid"), holding, keys)
+    said = _stated(claims.get("scope"), "scope") or ""
+    if said != scope:
+        raise BundleRefused(f"it was signed for scope {said[:60]!a}, not {scope!a}", code="bundle_scope_mismatch")
     _compare(claims.get("files"), bundle)
     return key_id
+
+
+def names_its_key(bundle: Bundle) -> bool:
+    """Whether OPA can tell which key to verify this bundle with. For a bundle whose signature holds."""
+    head, body, _ = _token(bundle)
+    return bool(_header(head).get("kid") or _object(_decoded(body)).get("keyid"))
 
 
 def digest(name: str, content: bytes, algorithm: str = "SHA-256") -> str:
@@ -114,164 +107,113 @@ def content_digest(bundle: Bundle) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-# ── keys ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def public_key(algorithm: str, pem: bytes) -> VerifyingKey:
-    """Read a public key, or the one in a certificate. Raises `OperatorFault` (`policy_key_unusable`)."""
-    try:
-        key = (
-            x509.load_pem_x509_certificate(pem).public_key()
-            if b"-----BEGIN CERTIFICATE" in pem
-            else serialization.load_pem_public_key(pem)
-        )
-    except (ValueError, UnsupportedAlgorithm) as error:
-        raise OperatorFault(f"not a public key or certificate in PEM: {error}", code="policy_key_unusable") from error
-    found = cast("PublicKey", key)
-    _fits(algorithm, found)
-    return VerifyingKey(algorithm=algorithm, key=found)
-
-
-def private_key(path: Path, *, key_id: str, algorithm: str | None = None) -> SigningKey:
-    """Read a private key (PEM: PKCS#8, PKCS#1 or SEC1) that only its owner may read. Blocks.
-
-    `algorithm` is that of the key's kind where it is not given: ES256/384/512 by curve, EdDSA, RS256.
-    Raises `OperatorFault` (`signing_key_unusable`).
-    """
-    try:
-        with path.open("rb") as file:
-            mode = stat.S_IMODE(path.stat().st_mode)
-            pem = file.read(1 << 16)
-    except OSError as error:
-        raise OperatorFault(f"{path}: {error.strerror}", code="signing_key_unusable") from error
-    if mode & _OTHERS:
-        raise OperatorFault(
-            f"{path}: others may read it (mode {mode:04o}); chmod 600 {path.name}", code="signing_key_unusable"
-        )
-    try:
-        key = cast("PrivateKey", serialization.load_pem_private_key(pem, password=None))
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise OperatorFault(
-            f"{path}: not a private key in PEM without passphrase", code="signing_key_unusable"
-        ) from error
-    algorithm = algorithm or _natural(key)
-    try:
-        _fits(algorithm, key.public_key())
-    except OperatorFault as fault:
-        raise OperatorFault(f"{path}: {fault}", code="signing_key_unusable") from fault
-    return SigningKey(id=key_id, algorithm=algorithm, key=key)
-
-
-def _natural(key: PrivateKey) -> str:
-    if isinstance(key, ec.EllipticCurvePrivateKey):
-        return next((name for name, (curve, _) in _CURVES.items() if isinstance(key.curve, curve)), "ES256")
-    return "EdDSA" if isinstance(key, ed25519.Ed25519PrivateKey) else "RS256"
-
-
-def _fits(algorithm: str, key: PublicKey) -> None:
-    """Raise `OperatorFault` where the key cannot be used with the algorithm, or is too weak."""
-    if algorithm in _CURVES:
-        sound = isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, _CURVES[algorithm][0])
-    elif algorithm == "EdDSA":
-        sound = isinstance(key, ed25519.Ed25519PublicKey)
-    else:
-        sound = algorithm[:2] in {"RS", "PS"} and algorithm[2:] in _HASHES and isinstance(key, rsa.RSAPublicKey)
-        if isinstance(key, rsa.RSAPublicKey) and key.key_size < _MIN_RSA_BITS:
-            raise OperatorFault(f"an RSA key of {key.key_size} bits is too short", code="policy_key_unusable")
-    if not sound:
-        raise OperatorFault(f"this key is not one for {algorithm}", code="policy_key_unusable")
-
-
-def _signature(key: SigningKey, signed: bytes) -> bytes:
-    if isinstance(key.key, ed25519.Ed25519PrivateKey):
-        return key.key.sign(signed)
-    if isinstance(key.key, rsa.RSAPrivateKey):
-        return key.key.sign(signed, _padding(key.algorithm), _hash(key.algorithm))
-    size = _CURVES[key.algorithm][1]
-    r, s = utils.decode_dss_signature(key.key.sign(signed, _ecdsa(key.algorithm)))
-    return r.to_bytes(size) + s.to_bytes(size)
-
-
-def _check(key: VerifyingKey, signature: bytes, signed: bytes) -> None:
-    """Raise `InvalidSignature` or ValueError."""
-    if isinstance(key.key, ed25519.Ed25519PublicKey):
-        key.key.verify(signature, signed)
-    elif isinstance(key.key, rsa.RSAPublicKey):
-        key.key.verify(signature, signed, _padding(key.algorithm), _hash(key.algorithm))
-    else:
-        size = _CURVES[key.algorithm][1]
-        if len(signature) != 2 * size:
-            raise ValueError("not of the length of this curve")
-        pair = int.from_bytes(signature[:size]), int.from_bytes(signature[size:])
-        key.key.verify(utils.encode_dss_signature(*pair), signed, ec.ECDSA(_hash(key.algorithm)))
-
-
-def _ecdsa(algorithm: str) -> ec.ECDSA:
-    """With a nonce made of key and message (RFC 6979), where OpenSSL can: a bundle signed twice is the same bundle."""
-    try:
-        return ec.ECDSA(_hash(algorithm), deterministic_signing=True)
-    except UnsupportedAlgorithm:
-        return ec.ECDSA(_hash(algorithm))
-
-
-def _hash(algorithm: str) -> hashes.HashAlgorithm:
-    return _HASHES[algorithm[2:]]()
-
-
-def _padding(algorithm: str) -> padding.PSS | padding.PKCS1v15:
-    if algorithm.startswith("PS"):
-        return padding.PSS(mgf=padding.MGF1(_hash(algorithm)), salt_length=padding.PSS.DIGEST_LENGTH)
-    return padding.PKCS1v15()
-
-
 # ── the token ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _token(bundle: Bundle) -> str:
+def _token(bundle: Bundle) -> tuple[str, str, bytes]:
+    """Header and claims as they are encoded, and the bytes of the signature."""
     if bundle.signatures is None:
-        raise BundleRefused("it is not signed", code="bundle_unsigned")
-    found = json_of(SIGNATURES, bundle.signatures)
-    tokens = found.get("signatures") if isinstance(found, dict) else None
-    if not isinstance(tokens, list) or len(tokens) != 1 or not isinstance(tokens[0], str):
-        raise _invalid(f"{SIGNATURES} does not hold exactly one")
-    return tokens[0]
+        raise BundleRefused(f"is not signed: it has no {SIGNATURES}", code="bundle_unsigned")
+    found = _ONE_TOKEN.fullmatch(bundle.signatures)
+    if found is None:
+        raise _invalid(f"{SIGNATURES} does not hold exactly one, in the form that OPA writes")
+    head, body, raw = found[1].decode("ascii").split(".")
+    try:
+        return head, body, _decoded(raw)
+    except ValueError as error:
+        raise _invalid(f"it cannot be read: {error}") from error
 
 
-def _key_id(header: Mapping[str, object], claims: Mapping[str, object], keys: Mapping[str, VerifyingKey]) -> str:
-    """Which key it says: header before claim, as OPA looks; where both speak they must agree."""
-    stated = {value for value in (header.get("kid"), claims.get("keyid")) if value is not None}
-    if not stated and len(keys) == 1:
-        return next(iter(keys))
-    if len(stated) != 1:
-        raise _invalid("it names two keys" if stated else "it names no key, and there are several")
-    (name,) = stated
-    if not isinstance(name, str) or name not in keys:
-        raise BundleRefused(f"no key {str(name)[:60]!r} is configured", code="bundle_key_unknown")
-    return name
+def _header(head: str) -> dict[str, object]:
+    if len(head) > _MAX_HEADER_CHARACTERS:
+        raise _invalid("its header is too long")
+    try:
+        header = _object(_decoded(head))
+    except ValueError as error:
+        raise _invalid(f"its header cannot be read: {error}") from error
+    if "crit" in header:
+        raise _invalid("it has a critical header that is not understood")
+    return header
+
+
+def _stated(value: object, what: str) -> str | None:
+    """A text of the token; None where there is none, or an empty one, which OPA takes for none."""
+    if value is None or (isinstance(value, str) and not isinstance(value, Number)):
+        return value or None
+    raise _invalid(f"its {what} is not text")
+
+
+def _holding(
+    header: Mapping[str, object], stated: str | None, signed: bytes, raw: bytes, keys: Mapping[str, VerifyingKey]
+) -> frozenset[str]:
+    """The keys with which the signature holds: the one that the header names, or of all that are there."""
+    if stated is not None and stated not in keys:
+        raise BundleRefused(f"no key {stated[:60]!a} is configured", code="bundle_key_unknown")
+    said = header.get("alg")
+    asked = {stated: keys[stated]} if stated is not None else keys
+    fitting = {name: key for name, key in asked.items() if said == key.algorithm}
+    if not fitting:
+        theirs = ", ".join(f"{name} is for {key.algorithm}" for name, key in sorted(asked.items()))
+        raise _invalid(f"it says {str(said)[:20]!a}, and key {theirs}")
+    holding: set[str] = set()
+    for name, key in fitting.items():
+        try:
+            check(key, raw, signed)
+            holding.add(name)
+        except ValueError:
+            pass  # perhaps with another
+    if not holding:
+        raise _invalid(f"it was not made with key {' or '.join(sorted(fitting))}")
+    return frozenset(holding)
+
+
+def _key_id(header: str | None, claim: str | None, holding: frozenset[str], keys: Mapping[str, VerifyingKey]) -> str:
+    """Which key it names: header before claim, as OPA looks; where both speak they must agree."""
+    if header is not None and claim is not None and header != claim:
+        raise _invalid("it names two keys")
+    named = header or claim
+    if named is None:
+        if len(keys) == 1:
+            return next(iter(holding))
+        raise _invalid("it names no key, and there are several")
+    if named not in keys:
+        raise BundleRefused(f"no key {named[:60]!a} is configured", code="bundle_key_unknown")
+    if named not in holding:
+        raise _invalid(f"it was not made with key {named}")
+    return named
 
 
 def _compare(files: object, bundle: Bundle) -> None:
     listed: dict[str, str] = {}
-    try:
-        for entry in cast("list[dict[str, str]]", files):
-            name, content = entry["name"], bundle.files.get(entry["name"])
-            if content is None:
-                raise _invalid(f"{name[:80]} was signed and is missing")
-            if name in listed or entry["algorithm"] not in _DIGESTS:
-                raise _invalid(f"{name[:80]} is listed twice, or hashed in a way that is not accepted")
-            listed[name] = entry["hash"]
-            if digest(name, content, entry["algorithm"]) != entry["hash"]:
-                raise _invalid(f"{name[:80]} is not what was signed")
-    except (TypeError, LookupError, AttributeError) as error:
-        raise _invalid("its list of files is malformed") from error
+    if not isinstance(files, list):
+        raise _invalid("its list of files is malformed")
+    for entry in files:
+        name, algorithm, claimed = _listed(entry)
+        content = bundle.files.get(name)
+        if content is None:
+            raise _invalid(f"{name[:80]!a} was signed and is missing")
+        if name in listed or algorithm not in _DIGESTS:
+            raise _invalid(f"{name[:80]!a} is listed twice, or hashed in a way that is not accepted")
+        listed[name] = claimed
+        if digest(name, content, algorithm) != claimed:
+            raise _invalid(f"{name[:80]!a} is not what was signed")
     if added := sorted(bundle.files.keys() - listed.keys()):
-        raise _invalid(f"{added[0][:80]} was not signed")
+        raise _invalid(f"{added[0][:80]!a} was not signed")
 
 
-def _object(part: str) -> dict[str, object]:
-    found = canonical.parse(_decoded(part))
+def _listed(entry: object) -> tuple[str, str, str]:
+    found = tuple(entry.get(key) for key in ("name", "algorithm", "hash")) if isinstance(entry, dict) else ()
+    if len(found) != 3 or not all(isinstance(one, str) for one in found):
+        raise _invalid("its list of files is malformed")
+    return cast("tuple[str, str, str]", found)
+
+
+def _object(text: bytes) -> dict[str, object]:
+    """Raises `NotJson`, for half a character too: what is said of it can be written down."""
+    found = canonical.parse(text)
+    canonical.encode(found)
     if not isinstance(found, dict):
-        raise NotJson("a part of it is not an object")
+        raise NotJson("is not an object")
     return cast("dict[str, object]", found)
 
 

@@ -6,16 +6,21 @@ import argparse
 import difflib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from sidecar.errors import OperatorFault
 
 if TYPE_CHECKING:
     from sidecar.bundles.archive import Bundle
+    from sidecar.bundles.canonical import Value
     from sidecar.bundles.signature import VerifyingKey
+
+T = TypeVar("T")
+
+_ALGORITHMS = ("ES256", "ES384", "ES512", "EdDSA", "PS256", "PS384", "PS512", "RS256", "RS384", "RS512")
 
 
 def add(groups: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -33,6 +38,9 @@ def add(groups: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     build.add_argument(
         "--data", metavar="FILE", type=Path, action="append", default=[], help="a data document, JSON or YAML"
+    )
+    build.add_argument(
+        "--compile-rbac", action="store_true", help="make literal rules of data.sidecar.rbac, which OPA decides faster"
     )
     build.add_argument("--revision", required=True, help="names the policy in every decision")
     build.add_argument("--serial", type=_serial, required=True, help="higher than that of every bundle before")
@@ -84,7 +92,7 @@ def _command(
 def _signing(parser: argparse.ArgumentParser, *, required: bool) -> None:
     parser.add_argument("--key", metavar="FILE", type=Path, required=required, help="the private key, in PEM")
     parser.add_argument("--key-id", metavar="ID", default="release-1", help="default: release-1")
-    parser.add_argument("--algorithm", choices=("ES256", "ES384", "ES512", "EdDSA", "RS256", "RS384", "RS512"))
+    parser.add_argument("--algorithm", choices=_ALGORITHMS)
     parser.add_argument("--scope", default="sidecar", help="what the bundle is for (default: sidecar)")
 
 
@@ -94,8 +102,9 @@ def _build(arguments: argparse.Namespace) -> int:
     if arguments.may_return_to and arguments.return_until is None:
         raise OperatorFault("--may-return-to needs --return-until: a permission to go back has an end")
     sources = build.Sources(
-        policies=arguments.policy or build.library(), overlays=dict(arguments.overlay), data=arguments.data
-    )
+        policies=arguments.policy or build.library(), overlays=once("--overlay", arguments.overlay), data=arguments.data,
+        compile_rbac=arguments.compile_rbac,
+    )  # fmt: skip
     stamp = build.Stamp(
         revision=arguments.revision, serial=arguments.serial,
         created=time.time() if arguments.created is None else arguments.created,
@@ -128,14 +137,7 @@ def _sign(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     from sidecar.bundles import release, signature  # noqa: PLC0415
 
-    keys: dict[str, VerifyingKey] = {}
-    for name, path, algorithm in arguments.key:
-        try:
-            keys[name] = signature.public_key(algorithm, path.read_bytes())
-        except OSError as error:
-            raise OperatorFault(f"{path}: {error.strerror}") from error
-        except OperatorFault as fault:
-            raise OperatorFault(f"{path}: {fault}") from fault
+    keys = {name: _key(*key) for name, key in once("--key", arguments.key).items()}
     bundle = _read(arguments.bundle)
     key_id = signature.verify(bundle, keys, arguments.scope)
     said = release.release(bundle)
@@ -146,13 +148,13 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from sidecar.bundles import signature  # noqa: PLC0415
+    from sidecar.bundles import canonical, signature  # noqa: PLC0415
 
     bundle = _read(arguments.bundle)
     if arguments.json:
         told = {
             "digest": signature.content_digest(bundle), "signed": bundle.signatures is not None,
-            "manifest": json.loads(bundle.files.get(".manifest", b"{}")),
+            "manifest": json.loads(canonical.encode(bundle.manifest)),
             "files": {name: signature.digest(name, content) for name, content in sorted(bundle.files.items())},
         }  # fmt: skip
         print(json.dumps(told, indent=2))
@@ -165,24 +167,33 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _diff(arguments: argparse.Namespace) -> int:
+    from sidecar.bundles import signature  # noqa: PLC0415
+
     old, new = _read(arguments.old), _read(arguments.new)
-    differs = False
-    for name in sorted(old.files.keys() | new.files.keys()):
-        for line in difflib.unified_diff(
-            _lines(name, old.files.get(name)), _lines(name, new.files.get(name)),
-            f"{arguments.old}:{name}", f"{arguments.new}:{name}", lineterm="",
-        ):  # fmt: skip
-            differs = True
-            print(line)
-    if not differs:
+    if signature.content_digest(old) == signature.content_digest(new):
         print("no difference")
-    return int(differs)
+        return 0
+    for name in sorted(old.files.keys() | new.files.keys()):
+        before, after = old.files.get(name), new.files.get(name)
+        told = False
+        for line in difflib.unified_diff(
+            _lines(name, before), _lines(name, after), f"{arguments.old}:{name}", f"{arguments.new}:{name}", lineterm=""
+        ):
+            told = True
+            print(_harmless(line))
+        if not told and before is None:
+            print(f"{name} is new, and empty")
+        elif not told and after is None:
+            print(f"{name} is gone, and was empty")
+        elif not told and before is not None and after is not None and before != after:
+            print(f"{name} differs in bytes that are no text")
+    return 1
 
 
 def _keygen(arguments: argparse.Namespace) -> int:
     from sidecar.bundles import build  # noqa: PLC0415
 
-    public = arguments.private.with_suffix(".pub")
+    public = arguments.private.with_name(f"{arguments.private.stem}.pub")
     build.key_pair(arguments.private, public)
     print(f"{arguments.private}: keep it where releases are made; {public}: list it under policy.keys")
     return 0
@@ -191,9 +202,13 @@ def _keygen(arguments: argparse.Namespace) -> int:
 def _summary(bundle: Bundle) -> Iterator[str]:
     from sidecar.bundles import release, signature  # noqa: PLC0415
 
-    said = release.release(bundle)
-    yield f"revision {said.revision}, serial {said.serial}, roots {', '.join(said.roots)}"
     yield f"digest   {signature.content_digest(bundle)}, {'signed' if bundle.signatures else 'not signed'}"
+    try:
+        said = release.release(bundle)
+    except OperatorFault as fault:
+        yield f"release  none that a sidecar takes: {fault}"
+        return
+    yield f"revision {said.revision}, serial {said.serial}, roots {', '.join(said.roots)}"
     if said.may_return_to:
         yield f"return   to {', '.join(map(str, sorted(said.may_return_to)))}"
     for name, proof in said.cache.items():
@@ -203,20 +218,55 @@ def _summary(bundle: Bundle) -> Iterator[str]:
 
 def _lines(name: str, content: bytes | None) -> list[str]:
     """Text to compare: JSON is laid out, since what is on one line would differ as a whole."""
-    if content is None:
+    from sidecar.bundles import canonical  # noqa: PLC0415
+
+    if not content:
         return []
     if name.endswith((".json", ".manifest")):
-        return json.dumps(json.loads(content), indent=2, sort_keys=True).splitlines()
-    return content.decode("utf-8", "replace").splitlines()
+        return list(_laid_out(canonical.parse(content)))
+    return content.decode("utf-8", "surrogateescape").split("\n")
+
+
+def _laid_out(value: Value, at: str = "", end: str = "") -> Iterator[str]:
+    """JSON with a line for each value, keys sorted, and each number as it is spelt: `1e3` is not signed as `1000`."""
+    from sidecar.bundles import canonical  # noqa: PLC0415
+
+    if not value or not isinstance(value, (dict, list)):
+        yield f"{at}{canonical.encode(value).decode()}{end}"
+        return
+    opening, closing = "{}" if isinstance(value, dict) else "[]"
+    inner = " " * (len(at) - len(at.lstrip()) + 2)
+    yield f"{at}{opening}"
+    items: list[tuple[str, Value]] = (
+        [(f"{inner}{json.dumps(key)}: ", value[key]) for key in sorted(value)]
+        if isinstance(value, dict)
+        else [(inner, one) for one in value]
+    )
+    for index, (start, one) in enumerate(items, 1):
+        yield from _laid_out(one, start, "," if index < len(items) else "")
+    yield f"{inner[2:]}{closing}{end}"
+
+
+def _harmless(line: str) -> str:
+    """What a terminal would obey, and half characters that it cannot show, become visible."""
+    return "".join(one if one.isprintable() or one == "\t" else ascii(one)[1:-1] for one in line)
 
 
 def _read(path: Path) -> Bundle:
-    from sidecar.bundles import archive  # noqa: PLC0415
+    from sidecar.cli import files  # noqa: PLC0415
 
     try:
-        return archive.read(path.read_bytes())
-    except OSError as error:
-        raise OperatorFault(f"{path}: {error.strerror}") from error
+        return files.read_bundle(path)
+    except OperatorFault as fault:
+        raise OperatorFault(f"{path}: {fault}", code=fault.code) from fault
+
+
+def _key(path: Path, algorithm: str) -> VerifyingKey:
+    from sidecar.cli import files  # noqa: PLC0415
+    from sidecar.config import PolicyKey  # noqa: PLC0415
+
+    try:
+        return files.check_key(PolicyKey(algorithm=algorithm, file=path))
     except OperatorFault as fault:
         raise OperatorFault(f"{path}: {fault}", code=fault.code) from fault
 
@@ -237,12 +287,22 @@ def pair(text: str) -> tuple[str, Path]:
     return name, Path(path)
 
 
-def _public(text: str) -> tuple[str, Path, str]:
+def once(option: str, pairs: Sequence[tuple[str, T]]) -> dict[str, T]:
+    """What an option that may be repeated gave. Of two with one name the first would be lost without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise OperatorFault(f"{option} is given twice for the same name", code="arguments_contradictory")
+    return found
+
+
+def _public(text: str) -> tuple[str, tuple[Path, str]]:
     name, sign, rest = text.partition("=")
-    path, _, algorithm = rest.partition(":")
+    path, colon, algorithm = rest.rpartition(":")
+    if not colon or algorithm not in _ALGORITHMS:
+        path, algorithm = rest, "ES256"
     if not sign or not name or not path:
         raise argparse.ArgumentTypeError("must be ID=FILE or ID=FILE:ALGORITHM")
-    return name, Path(path), algorithm or "ES256"
+    return name, (Path(path), algorithm)
 
 
 def _serial(text: str) -> int:

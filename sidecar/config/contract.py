@@ -45,7 +45,7 @@ def load(text: str, environ: Mapping[str, str], base: Path) -> Config:
     Raises `ConfigError` with every problem that was found, each with its dotted path and line.
     """
     document = Document(text)
-    reader = _Reader(document.root.section(), base)
+    reader = Reader(document.root.section(), base)
     config = reader.config(environ)
     for path, message in contradictions(reader.draft):
         document.note(path, message)
@@ -53,7 +53,7 @@ def load(text: str, environ: Mapping[str, str], base: Path) -> Config:
     return config
 
 
-class _Reader:
+class Reader:
     def __init__(self, root: Section, base: Path):
         self.root = root
         self.base = base

@@ -162,8 +162,8 @@ def timeouts(item: Item) -> Timeouts:
     return timeouts
 
 
-def limits(item: Item) -> Limits:
-    section, default = item.section(), Limits()
+def limits(item: Item, default: Limits | None = None) -> Limits:
+    section, default = item.section(), default or Limits()
 
     def limit(name: str) -> int:
         least, most = LIMITS[name]

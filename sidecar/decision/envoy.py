@@ -2,8 +2,13 @@
 
 The question has the shape that the plugin makes of a CheckRequest (`attributes`, `parsed_path`, `parsed_query`), as far as a
 sidecar knows what stands there: bodies are never read for policy, and of headers and query only those are told that the
-configuration lists. The answer is a boolean, or an object with `allowed`; what such an object may ask for beyond what we
-do (to remove query parameters, say) is no decision, since to pass it over would be to do something else.
+configuration lists. What is not known is not there, as in protojson: an empty principal would be one, to a rule that asks
+whether there is any. The answer is a boolean, or an object with `allowed`; what such an object may ask for beyond what we
+do (to remove query parameters, say) is no decision, since to pass it over would be to do something else. Keys that the
+plugin does not know are passed over by it, and here.
+
+Such a policy was written for traffic. What stands behind it (management, the bundle server) is decided by our own
+entrypoints, in our own words: a rule that lets every GET through must not open the back office.
 
 Source: open-policy-agent/opa-envoy-plugin, documentation of input and output; envoy.service.auth.v3.
 """
@@ -19,39 +24,45 @@ from sidecar.decision.inquiry import Contract
 from sidecar.errors import NoDecision
 from sidecar.model import Allow, Decision, Deny, Inquiry
 
-_IGNORED = frozenset({"allowed", "headers", "response_headers_to_add", "http_status", "body", "dynamic_metadata", "id"})
-"""Keys that are understood; metadata has no reader here, and an id is ours to give."""
-_EMPTY_ONLY = frozenset({"request_headers_to_remove", "query_parameters_to_set", "query_parameters_to_remove"})
+_NOT_DONE = ("request_headers_to_remove", "query_parameters_to_set", "query_parameters_to_remove")
+"""What the plugin would have Envoy do to the request. Metadata, which it may ask for too, has no reader here."""
+_OURS = frozenset({"management", "fleet"})
 _STATUSES = frozenset({401, 403, 404, 429})
 _MAX_REASON_CHARACTERS = 200
 
 
 def contract(decision: str) -> Contract:
-    """`decision` is the path of the rule below `data`, such as `envoy/authz/allow`. It decides for every direction."""
-    return Contract(path=lambda _direction: decision, question=question, read=read)
+    """`decision` is the path of the rule below `data`, such as `envoy/authz/allow`. It decides for all traffic."""
+    return Contract(
+        path=lambda direction: ours.OURS.path(direction) if direction in _OURS else decision,
+        question=lambda inquiry: (ours.question if inquiry.direction in _OURS else question)(inquiry),
+        read=lambda result, *ids: (ours.OURS.read if "allow" in result else read)(result, *ids),
+    )
 
 
 def question(inquiry: Inquiry) -> bytes:
     """Return the body of the query. Raises `NoDecision` (`decision_unaskable`)."""
     path = _path_with_query(inquiry)
-    host = inquiry.host if inquiry.port is None else f"{inquiry.host}:{inquiry.port}"
+    bare = f"[{inquiry.host}]" if ":" in inquiry.host else inquiry.host
+    host = bare if inquiry.port is None else f"{bare}:{inquiry.port}"
+    scheme = "https" if inquiry.tls else "http"
     headers = {
-        ":authority": host, ":method": inquiry.method, ":path": path,
+        ":authority": host, ":method": inquiry.method, ":path": path, ":scheme": scheme,
         **{name: ",".join(values) for name, values in inquiry.headers.items()},
     }  # fmt: skip
     request = {
-        "method": inquiry.method, "path": path, "host": host, "scheme": "https" if inquiry.tls else "http",
-        "protocol": inquiry.protocol, "headers": headers,
+        "method": inquiry.method, "path": path, "host": host, "scheme": scheme, "protocol": inquiry.protocol,
+        "headers": headers,
     }  # fmt: skip
     return ours.encoded(
         {
             "attributes": {
-                "source": {"principal": inquiry.caller or ""},
-                "destination": {"principal": _expected(inquiry)},
-                "request": {"http": request},
+                "source": _principal(inquiry.caller),
+                "destination": _principal(_expected(inquiry)),
+                "request": {"http": {name: value for name, value in request.items() if value}},
                 "contextExtensions": {"direction": inquiry.direction, "mtls_mode": inquiry.mtls_mode},
             },
-            "parsed_path": inquiry.segments,
+            "parsed_path": inquiry.segments or (inquiry.path.lstrip("/"),),
             "parsed_query": inquiry.query,
             "parsed_body": None,
             "truncated_body": False,
@@ -65,9 +76,9 @@ def read(result: Mapping[str, object], decision_id: str, revision: str) -> Decis
     allowed = result.get("allowed")
     if type(allowed) is not bool:
         raise ours.malformed("allowed is not a boolean")
-    for name, value in result.items():
-        if name not in _IGNORED and not (name in _EMPTY_ONLY and not value):
-            raise NoDecision(f"the result asks for {name[:60]}, which is not done here", code="decision_unsupported")
+    for name in _NOT_DONE:
+        if result.get(name):
+            raise NoDecision(f"the result asks for {name}, which is not done here", code="decision_unsupported")
     headers = _headers(result.get("headers", {}))
     if allowed:
         return Allow(
@@ -90,10 +101,14 @@ def _path_with_query(inquiry: Inquiry) -> str:
     return f"{inquiry.path}?{'&'.join(pairs)}" if pairs else inquiry.path
 
 
-def _expected(inquiry: Inquiry) -> str:
+def _expected(inquiry: Inquiry) -> str | None:
     """The one ID that the other side must prove, where there is just one."""
     ids = inquiry.target.get("spiffe_ids") if inquiry.target is not None else None
-    return str(ids[0]) if isinstance(ids, (list, tuple)) and len(ids) == 1 else ""
+    return str(ids[0]) if isinstance(ids, (list, tuple)) and len(ids) == 1 else None
+
+
+def _principal(identity: str | None) -> dict[str, str]:
+    return {"principal": identity} if identity else {}
 
 
 def _headers(value: object) -> Mapping[str, str]:

@@ -188,9 +188,12 @@ class Contract:
     question: Callable[[Inquiry], bytes]
     """The body of the query. Raises `NoDecision` (`decision_unaskable`)."""
     read: Read
+    strict: bool = False
+    """Whether a builtin that fails is an error, and so no decision. Where it is not, the rule that called it says nothing: a
+    deny that fails over what a caller sent would refuse nobody."""
 
 
-OURS = Contract(path=lambda direction: f"sidecar/{direction}/decision", question=question, read=_read)
+OURS = Contract(path=lambda direction: f"sidecar/{direction}/decision", question=question, read=_read, strict=True)
 
 
 # ── parts ─────────────────────────────────────────────────────────────────────────────────────────────────────────

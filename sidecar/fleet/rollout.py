@@ -336,6 +336,18 @@ def broken_gates(rollout: Rollout, reports: Sequence[Report], now: float) -> lis
     return found
 
 
+def speaks_against(rollout: Rollout, report: Report) -> bool:
+    """Whether this one report may break a gate, together with others: what need not be looked at is most of them."""
+    if not _moving(rollout):
+        return False
+    flips = report.shadow_flips if report.shadow_serial == rollout.candidate else 0
+    return (
+        report.error_serial == rollout.candidate
+        or flips > 0
+        or (report.serial == rollout.candidate and _denial_rise(report, rollout.gates.min_decisions) > 0)
+    )
+
+
 def unmet(rollout: Rollout, reports: Sequence[Report], now: float) -> list[str]:
     """What stands in the way of a promotion: broken gates, and who has the candidate assigned and does not run it.
 

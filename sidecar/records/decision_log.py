@@ -3,7 +3,8 @@
 It is made of the `Decided` record, since whoever asks knows all that was asked, and OPA's own log costs as much as a
 decision. What the configuration points at is taken out before anything is written or sent, and named under `erased`; the
 values of headers that policy sets are never told, since they may be credentials. Memory and disk are bounded: what a
-slow service does not take is dropped from its oldest end, and counted.
+slow service does not take is dropped from its oldest end, and counted. Whatever a question held, telling of it neither waits
+nor raises: an event that cannot be written is counted.
 
 Source: OPA's documentation of decision logs (event fields, `erased`), RFC 6901 for pointers.
 """
@@ -15,7 +16,7 @@ import json
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import trio
 
@@ -31,6 +32,8 @@ UPLOAD_INTERVAL = 5.0
 """Seconds between uploads; a full batch goes at once."""
 _BATCH_BYTES = 512 * 1024
 _MAX_BACKOFF = 60.0
+_WILL_NEVER_BE_TAKEN = frozenset({400, 405, 406, 411, 413, 414, 415, 422, 431})
+"""To send the same batch again would hold up all that come after it."""
 _SECRET_RESULTS = ("request_headers", "response_headers")
 
 
@@ -49,27 +52,29 @@ def event(
         "req_id": decided.exchange_id,
     }
     erased: list[str] = []
+    masked: object = whole
     if decision is None:
         whole["error"] = {"code": decided.error or "decision_unavailable", "message": "no decision could be had"}
     else:
         whole["bundles"] = {"sidecar": {"revision": decision.revision}}
         whole["result"], erased = _result(decision)
     for parts in mask:
-        if _take_out(whole, parts):
+        masked, found = _without(masked, parts)
+        if found:
             erased.append("/" + "/".join(part.replace("~", "~0").replace("/", "~1") for part in parts))
-    if erased:
-        whole["erased"] = erased
-    return whole
+    whole = cast("dict[str, object]", masked)
+    return {**whole, "erased": erased} if erased else whole
 
 
 def pointer(text: str) -> tuple[str, ...]:
-    """The parts of a JSON pointer that the configuration has checked."""
-    return tuple(part.replace("~1", "/").replace("~0", "~") for part in text.split("/")[1:])
+    """The parts of a JSON pointer that the configuration has checked. Names of headers are in lower case, as in the input."""
+    parts = tuple(part.replace("~1", "/").replace("~0", "~") for part in text.split("/")[1:])
+    return (*parts[:2], *(part.lower() for part in parts[2:])) if parts[:2] == ("input", "headers") else parts
 
 
 def encoded(event: Mapping[str, object]) -> bytes:
-    """One line, in ASCII: peers choose what stands in the input."""
-    return json.dumps(event, separators=(",", ":"), default=_plain).encode("ascii")
+    """One line, in ASCII: peers choose what stands in the input. Raises ValueError or TypeError for what JSON cannot say."""
+    return json.dumps(event, separators=(",", ":"), default=_plain, allow_nan=False).encode("ascii")
 
 
 class Events(Protocol):
@@ -105,12 +110,17 @@ class Rotated:
 
     def _rotate(self) -> None:
         self._sink.flush()
+        self._written = 0
         try:
             self._path.replace(self._path.with_name(f"{self._path.name}.1"))
+        except FileNotFoundError:
+            pass  # it was moved away the last time, and could not be opened anew
+        except OSError:
+            return  # the disk says no: go on in the file that is there, and try again a file later
+        try:
             self._sink.reopen()
-        except (OSError, OperatorFault):
-            pass  # the disk says no: go on in the file that is there, and try again a file later
-        self._written = 0
+        except OperatorFault:
+            pass
 
 
 class Upload:
@@ -136,7 +146,7 @@ class Upload:
             self._full.set()
 
     async def run(self) -> None:
-        """Send what there is, again and again. Ends by cancellation; what is left then is lost, but for one last try."""
+        """Send what there is, again and again. Ends by cancellation; what is left then stays here for one last `send`."""
         backoff = 0.0
         while True:
             with trio.move_on_after(backoff or UPLOAD_INTERVAL):
@@ -151,18 +161,24 @@ class Upload:
         while self._lines:
             batch = self._batch()
             body = await trio.to_thread.run_sync(gzip.compress, b"[" + b",".join(batch) + b"]", 6)
+            status = 0
             try:
                 status = await self._post(body)
                 failing = None if 200 <= status < 300 else f"status {status}"
             except SidecarError as error:
                 failing = error.code
+            except BaseException:
+                self._back(batch)  # cancelled: perhaps it was taken, and then it is there twice
+                raise
             if failing != self._failing:
                 if failing is None:
                     self._log("decision_log.upload_recovered", "info")
                 else:
                     self._log("decision_log.upload_failed", "warning", reason=failing, dropped=self.dropped)
                 self._failing = failing
-            if failing is not None:
+            if status in _WILL_NEVER_BE_TAKEN:
+                self.dropped += len(batch)
+            elif failing is not None:
                 self._back(batch)
                 return False
         return True
@@ -193,13 +209,19 @@ class DecisionLog:
     def __init__(
         self, takers: Sequence[Events], *, path: Callable[[str], str], labels: Mapping[str, str], mask: Sequence[str]
     ) -> None:
+        self.failed = 0
+        """Decisions of which no event could be made."""
         self._takers = tuple(takers)
         self._path = path
         self._labels = labels
         self._mask = tuple(pointer(one) for one in mask)
 
     def decided(self, record: Decided) -> None:
-        line = encoded(event(record, path=self._path, labels=self._labels, mask=self._mask))
+        try:
+            line = encoded(event(record, path=self._path, labels=self._labels, mask=self._mask))
+        except Exception:  # noqa: BLE001  a question that cannot be told must not become a failure of its exchange
+            self.failed += 1
+            return
         for taker in self._takers:
             taker.write(line)
 
@@ -236,20 +258,30 @@ def _result(decision: Allow | Deny) -> tuple[dict[str, object], list[str]]:
     return result, erased
 
 
-def _take_out(whole: dict[str, object], parts: Sequence[str]) -> bool:
-    """Remove what a pointer leads to; return whether there was anything."""
-    place: object = whole
-    for part in parts[:-1]:
-        place = place.get(part) if isinstance(place, dict) else None
-    if isinstance(place, dict) and parts[-1] in place:
-        del place[parts[-1]]
-        return True
-    return False
+def _without(value: object, parts: Sequence[str]) -> tuple[object, bool]:
+    """A value without what a pointer leads to, and whether there was anything. The value itself is others' too, and stays.
+
+    An item of a list gives its place to null: the next pointer must find the others where it looks for them.
+    """
+    name, rest = parts[0], parts[1:]
+    if isinstance(value, Mapping):
+        if name not in value:
+            return value, False
+        kept = {key: one for key, one in value.items() if key != name}
+        if not rest:
+            return kept, True
+        inner, found = _without(value[name], rest)
+        return ({key: inner if key == name else one for key, one in value.items()}, True) if found else (value, False)
+    if not isinstance(value, (list, tuple)) or not name.isdecimal() or not name.isascii() or int(name) >= len(value):
+        return value, False
+    at = int(name)
+    inner, found = _without(value[at], rest) if rest else (None, True)
+    return ([*value[:at], inner, *value[at + 1 :]], True) if found else (value, False)
 
 
 def _plain(value: object) -> object:
     if isinstance(value, Mapping):
         return dict(value)
-    if isinstance(value, (frozenset, set, tuple)):
-        return sorted(value) if not isinstance(value, tuple) else list(value)
+    if isinstance(value, (frozenset, set)):
+        return sorted(value, key=str)
     return str(value)

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 import trio
 
 from sidecar.errors import MaybeSent
-from sidecar.model import Aborted, Body, Data, Fields, RequestHead, Trailers
+from sidecar.model import Aborted, Body, Fields, RequestHead
 from sidecar.wire import target
+from sidecar.wire.answers import Whole
 from sidecar.wire.client import Client, Upstream
 
 
@@ -24,21 +25,6 @@ class Answer:
     def value(self, name: bytes) -> str:
         """The value of a field, "" where it is not there; the first of several."""
         return next((value.decode("latin-1") for found, value in self.fields if found == name), "")
-
-
-class Whole:
-    """`model.Body` of bytes that are all there."""
-
-    __slots__ = ("_data", "length")
-    ready = True
-
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-        self.length = len(data)
-
-    async def receive(self) -> Data | Trailers | None:
-        data, self._data = self._data, b""
-        return data or None
 
 
 async def fetch(
@@ -55,13 +41,12 @@ async def fetch(
 ) -> Answer:
     """Send a request and read its answer. `path` is origin-form, with its query; `timeout` in seconds covers all of it.
 
-    Raises `NotSent`, `MaybeSent` (`answer_too_large`, `answer_timeout` among them) or `PeerRejected`.
+    `authority` and `path` are in ASCII. Raises `NotSent`, `MaybeSent` (`answer_too_large`, `answer_timeout` among them),
+    `PeerRejected`, `OurFault` where we have no identity, or `ClientFault` for what is no target.
     """
-    host, port = target.authority(authority.encode("ascii"))
-    head = RequestHead(
-        method=method, target=target.origin_form(path.encode("ascii")), host=host, port=port, fields=fields,
-        protocol="HTTP/1.1",
-    )  # fmt: skip
+    host, port = target.authority(authority.encode("latin-1", "replace"))
+    where = target.origin_form(path.encode("latin-1", "replace"))
+    head = RequestHead(method=method, target=where, host=host, port=port, fields=fields, protocol="HTTP/1.1")
     with trio.move_on_after(timeout):
         stream = await client.open(upstream)
         try:
@@ -77,6 +62,8 @@ async def fetch(
 
 
 async def _whole(body: Body, max_bytes: int) -> bytes:
+    if body.length is not None and body.length > max_bytes:
+        raise MaybeSent(f"the answer is longer than {max_bytes} bytes", code="answer_too_large")
     whole = bytearray()
     while (item := await body.receive()) is not None:
         if isinstance(item, bytes):

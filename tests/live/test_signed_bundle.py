@@ -43,8 +43,9 @@ DATA: dict[str, Any] = {
     }
 }
 FILES = {
-    "/.manifest", "/.signatures.json", "/data.json", "/sidecar/access/access.rego", "/sidecar/inbound/inbound.rego",
-    "/sidecar/lint/lint.rego", "/sidecar/match/match.rego", "/sidecar/outbound/outbound.rego",
+    "/.manifest", "/.signatures.json", "/data.json",
+    *(f"/sidecar/{name}/{name}.rego" for name in (
+        "access", "callers", "egress", "fleet", "inbound", "lint", "match", "outbound", "teams")),
 }  # fmt: skip
 
 
@@ -154,7 +155,7 @@ def flipped(name: str) -> Callable[[Path], Path]:
     old, new = {
         "/.manifest": (b'"serial":7', b'"serial":8'),
         "/data.json": (b"/budget/*", b"/badget/*"),
-        "/sidecar/inbound/inbound.rego": (b'verdict[0] == "granted"', b'verdict[0] == "grunted"'),
+        "/sidecar/inbound/inbound.rego": (b'["granted", role]', b'["grunted", role]'),
     }[name]
 
     def change(found: str, content: bytes) -> bytes:
@@ -201,6 +202,8 @@ def test_signed_library_decides_under_its_revision(release: Release) -> None:
         ("inbound", False): (False, "rbac/anonymous"),
         ("outbound", True): (True, "outbound/route/backend"),
         ("outbound", False): (False, "outbound/plaintext"),
+        ("egress", True): (False, "egress/unbound"),
+        ("fleet", True): (False, "fleet/unbound"),
     }
 
 
@@ -247,7 +250,7 @@ def test_bundle_holds_rules_and_data_without_tests_and_schemas(release: Release)
         assert set(archive.getnames()) == FILES
         manifest = json.load(archive.extractfile("/.manifest"))  # type: ignore[arg-type]
         assert json.load(archive.extractfile("/data.json")) == DATA  # type: ignore[arg-type]
-    assert (manifest["revision"], manifest["roots"], manifest["metadata"]["serial"]) == ("r12", ["sidecar"], 12)
+    assert (manifest["revision"], manifest["roots"], manifest["metadata"]["serial"]) == ("r12", ["sidecar", "team"], 12)
 
 
 @pytest.mark.parametrize(
