@@ -19,7 +19,7 @@ LANE   := PYTHONPATH=.:tests $(BIN)/python -m lanes
 .PHONY: h2spec corpus faults bigbody restart fuzz
 
 help: ## say what there is
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 setup: $(READY) opa ## virtual environment and OPA
 

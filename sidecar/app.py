@@ -1,99 +1,58 @@
 """The composition root: a configuration becomes objects, and these run in one nursery.
 
 Start: what can be refused comes first (identity, sockets, policy), so that a sidecar which cannot serve does not look
-alive; health answers from the beginning, the other listeners accept last. Stop: readiness goes false, inbound stops
-accepting and finishes, outbound goes on until no inbound exchange can need it any more, OPA goes last; one deadline
-covers all of it. A reload makes everything that can fail before it changes anything.
+alive; health answers from the beginning, the other listeners accept last. Where a predecessor runs, its sockets are
+inherited, and health too is left to it until all of ours accept: then it is told, stops accepting, and drains.
+
+Stop: readiness goes false, inbound stops accepting and finishes, outbound goes on until no inbound exchange can need
+it any more, OPA goes last; one deadline covers all of it. Where a successor has taken over nothing has to wait for anything, and
+readiness stays true, since whoever asks at our address is served. A reload makes everything that can fail before it
+changes anything. Signals and successors are obeyed in turn, one at a time.
 """
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
-import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Literal
 
 import trio
 
 from sidecar import config as configuration
-from sidecar.attempt import Seen
+from sidecar import parts
 from sidecar.config import Config, FilesIdentity, InboundListener, OpaExternal
 from sidecar.decision import install, private
 from sidecar.decision.engine import Engine
 from sidecar.decision.external import External
-from sidecar.decision.policy import Policy
 from sidecar.errors import OperatorFault
 from sidecar.exchange import Pipeline, Program
-from sidecar.identity import pem_files, verify
+from sidecar.identity import pem_files, presented
 from sidecar.identity.current import Current
+from sidecar.identity.presented import Presented
 from sidecar.identity.proven import Proven
 from sidecar.inbound import Inbound
+from sidecar.listeners import Listeners
 from sidecar.log import Level, LineSink, Log
 from sidecar.management.health import Health
-from sidecar.model import Address, Anonymous, LocalProcess, Mode, Peer, Status
+from sidecar.model import Address, Anonymous, LocalProcess, Peer, Status
 from sidecar.outbound import Outbound, Routes
 from sidecar.records import Records
 from sidecar.records.live_table import LiveTable
 from sidecar.records.metrics import Metrics
-from sidecar.wire import tls
-from sidecar.wire.client import Client, ClientSettings
-from sidecar.wire.h1_server import Handle, Limits
-from sidecar.wire.headers import fold
-from sidecar.wire.network import Listener, Network, TcpNetwork
+from sidecar.serving import Serving
+from sidecar.wire.client import Client
+from sidecar.wire.handover import Alone, Succession
+from sidecar.wire.handover import Log as Tell
+from sidecar.wire.listening import Listener
+from sidecar.wire.network import Network
 from sidecar.wire.server import Server, Settings
 
 _FLUSH_INTERVAL = 0.2
-_HEALTH_LIMITS = Limits(max_header_bytes=8192, max_header_fields=50, header_timeout=5.0, idle_timeout=60.0)
-_HEALTH_CONNECTIONS = 64
 
 Load = Callable[[], Config]
-
-
-def run(load: Load) -> int:
-    """Serve as the configuration says until SIGTERM or SIGINT. Raises `OperatorFault` for a start that is refused."""
-    config = load()
-    errors = LineSink(sys.stderr.fileno())
-    access = _access_sink(config)
-    log = Log(errors, level=config.log.level)
-    # ssl decodes a server name before it asks us, and tells of what it cannot decode on standard error, in no JSON.
-    sys.unraisablehook = lambda told: log.warning("defect.ignored", detail=type(told.exc_value).__name__)
-    app = App(
-        config, load=load, network=TcpNetwork(), log=log, access=access,
-        lost=lambda: log.failed + errors.dropped + (access.dropped if access is not None else 0),
-    )  # fmt: skip
-    try:
-        trio.run(_serve, app)
-    finally:
-        errors.flush()
-        if access is not None:
-            access.close()
-    return 0
-
-
-async def _serve(app: App) -> None:
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
-        await app.serve(signals, started=_settle)
-
-
-def _settle() -> None:
-    """Take what lives as long as we do out of the collector's sight, and have it look less often: a request makes some
-    hundred containers and no cycles, so that most looks find nothing.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
-
-
-def _access_sink(config: Config) -> LineSink | None:
-    match config.log.access:
-        case "none":
-            return None
-        case "stdout":
-            return LineSink(sys.stdout.fileno())
-        case path:
-            return LineSink.open(path)
+_Told = Literal["reload", "stop", "succeeded"]
 
 
 class App:
@@ -108,105 +67,133 @@ class App:
         log: Log,
         access: LineSink | None,
         lost: Callable[[], int] = lambda: 0,
+        activated: Mapping[Address, Listener] | None = None,
+        max_descriptor: int | None = None,
+        succession: Callable[[Tell], Succession] = lambda _tell: Alone(),
     ) -> None:
-        """`lost` tells how many lines of both logs were lost."""
+        """`lost` tells how many lines of both logs were lost, `activated` are sockets that somebody holds for us; for
+        `max_descriptor` see `wire.listening`.
+        """
         self.config = config
         self._load = load
         self._network = network
         self._log = log
         self._access = access
+        self._max_descriptor = max_descriptor
+        self._listeners = Listeners(network, activated=activated or {}, succession=succession(self._event))
+        self._starting = trio.CancelScope()
         self._draining = False
         self._listening = False
         self._current = Current()
-        self._credentials: tls.Credentials | None = None
+        self._presented = Presented(self._current, log=self._event)
         self._proven = Proven(config.state_dir / "proven.json")
         self._live = LiveTable()
+        serving = self._serving = Serving(log=self._event, counted=self._happened)
         self._metrics = Metrics(
-            live=self._live, directions=("inbound", "outbound"), connections=self._open_connections,
-            dropped=lost,
-        )  # fmt: skip
+            live=self._live, directions=("inbound", "outbound"), connections=serving.open_connections, dropped=lost
+        )
         self._records = Records(self._metrics, access.write if access is not None else None)
-        self._client = Client(network, self.credentials, _client_settings(config))
+        self._client = Client(network, self._presented.in_use, parts.client_settings(config), log=self._event)
         self._decisions = self._decision_point(config)
-        self._seen = _seen(config)
+        self._seen = parts.seen(config)
+        self._bounds = parts.bounds(config)
         self._routes = Routes(config.outbound.routes, config.outbound.mtls_mode) if config.outbound else None
         self._watching = trio.CancelScope()
         self._pseudonym = f"sidecar-{os.urandom(4).hex()}"
-        self._inbound: list[tuple[Server, Listener]] = []
-        self._outbound: list[tuple[Server, Listener]] = []
-        self._health: list[tuple[Server, Listener]] = []
+        self._inbound, self._outbound, self._health = serving.inbound, serving.outbound, serving.health
 
     # ── life ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def serve(self, signals: AsyncIterator[int], started: Callable[[], None] = lambda: None) -> None:
-        """Start, serve until SIGTERM or SIGINT, drain. Raises `OperatorFault` where the start is refused.
+        """Start, serve until SIGTERM, SIGINT or a successor, drain. Raises `OperatorFault` where the start is refused.
 
         `started` is called once all of it is there.
         """
         refused: OperatorFault | None = None
+        tell, told = trio.open_memory_channel[_Told](8)
         async with trio.open_nursery() as nursery:
             try:
-                await self._start(nursery)
-                started()
-                self._event("sidecar.started", mtls_mode=self.config.mtls_mode, mode_from=self.config.mtls_mode_source)
-                async for number in signals:
-                    if number != signal.SIGHUP:
-                        break
-                    await self._reload(nursery)
-                await self._drain()
+                nursery.start_soon(self._obey, signals, tell)
+                with self._starting:
+                    await self._start(nursery)
+                    nursery.start_soon(self._await_successor, tell)
+                    started()
+                    self._event(
+                        "sidecar.started", mtls_mode=self.config.mtls_mode, mode_from=self.config.mtls_mode_source
+                    )
+                if not self._starting.cancelled_caught:
+                    await self._run(nursery, told)
             except OperatorFault as fault:
                 refused = fault
             finally:
-                for _, listener in self._inbound + self._outbound + self._health:
-                    listener.close()
+                self._listeners.close()
                 nursery.cancel_scope.cancel()
         await self._decisions.stop()
         if refused is not None:
             raise refused
         self._event("sidecar.stopped")
 
+    async def _obey(self, signals: AsyncIterator[int], tell: trio.MemorySendChannel[_Told]) -> None:
+        async for number in signals:
+            if number == signal.SIGHUP:
+                await tell.send("reload")
+            else:
+                self._starting.cancel()
+                await tell.send("stop")
+
+    async def _await_successor(self, tell: trio.MemorySendChannel[_Told]) -> None:
+        await self._listeners.wait_succeeded()
+        await tell.send("succeeded")
+
+    async def _run(self, nursery: trio.Nursery, told: trio.MemoryReceiveChannel[_Told]) -> None:
+        async for what in told:
+            if what == "reload":
+                await self._reload(nursery)
+            else:
+                await self._drain(succeeded=what == "succeeded")
+                break
+
     async def _start(self, nursery: trio.Nursery) -> None:
-        self.config.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        state_dir = self.config.state_dir
+        try:
+            state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise OperatorFault(f"state_dir: {state_dir}: {error.strerror}", code="state_dir_unusable") from error
         self._load_proofs()
         if self.config.identity is not None:
-            self._publish(pem_files.read(self.config.identity, time.time()))
+            self._presented.publish(pem_files.read(self.config.identity, time.time()).identity)
             nursery.start_soon(self._watch, self.config.identity)
-            nursery.start_soon(self._follow_identity)
-        await self._bind()
+            nursery.start_soon(self._presented.follow)
+        await self._listen()
         nursery.start_soon(self._flush_forever)
         await nursery.start(self._client.run)
-        self._accept(nursery, self._health)
+        if not self._listeners.succeeds:
+            self._serving.accept(nursery, self._health)
         try:
             await nursery.start(self._decisions.run)
         except OperatorFault as fault:
-            raise _about_policy(fault, self.config) from fault
-        self._accept(nursery, self._inbound + self._outbound)
+            raise parts.about_policy(fault, self.config) from fault
+        self._serving.accept(nursery, self._inbound + self._outbound)
+        if self._listeners.succeeds:
+            self._serving.accept(nursery, self._health)
         self._listening = True
+        await self._listeners.take_over()
 
-    async def _drain(self) -> None:
+    async def _drain(self, *, succeeded: bool = False) -> None:
         """Finish what is open, in the order in which it may still be needed; cut off what is left at the deadline."""
-        self._draining = True
-        self._event("sidecar.drain_started", timeout=self.config.timeouts.drain)
+        self._draining = not succeeded
+        self._event(
+            "sidecar.drain_started", timeout=self.config.timeouts.drain, reason="succeeded" if succeeded else "signal"
+        )
         with trio.move_on_after(self.config.timeouts.drain) as patience:
-            await self._finish(self._inbound)
-            await self._finish(self._outbound)
+            if succeeded:
+                await self._serving.finish(self._inbound + self._outbound + self._health)
+            else:
+                await self._serving.finish(self._inbound)
+                await self._serving.finish(self._outbound)
         left = sum(server.open_connections for server, _ in self._inbound + self._outbound)
         if patience.cancelled_caught:
             self._event("sidecar.drain_timed_out", "warning", connections=left)
-
-    async def _finish(self, servers: list[tuple[Server, Listener]]) -> None:
-        for server, listener in servers:
-            listener.close()
-            server.drain()
-        for server, _ in servers:
-            await server.wait_empty()
-
-    def _accept(self, nursery: trio.Nursery, servers: list[tuple[Server, Listener]]) -> None:
-        for server, listener in servers:
-            nursery.start_soon(server.serve, listener, self._accept_failed)
-
-    def _accept_failed(self, error: OSError) -> None:
-        self._event("connection.accept_failed", "warning", detail=str(error))
 
     async def _flush_forever(self) -> None:
         while self._access is not None:
@@ -215,92 +202,57 @@ class App:
 
     # ── listeners ─────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _bind(self) -> None:
+    async def _listen(self) -> None:
+        """Open every address, so that one that is taken is found before anything runs, and make a server for each."""
         config = self.config
+        addresses = {f"inbound[{number}].listen": one.listen for number, one in enumerate(config.inbound)}
+        if config.outbound is not None:
+            addresses["outbound.listen"] = config.outbound.listen
+        if config.health is not None:
+            addresses["health.listen"] = config.health.listen
+        found = await self._listeners.open(addresses)
         for number, one in enumerate(config.inbound):
             program = Inbound(
                 mode=one.mtls_mode, agent=one.upstream, xfcc=one.xfcc, seen=lambda: self._seen,
-                pseudonym=f"{self._pseudonym}-in".encode(),
+                pseudonym=f"{self._pseudonym}-in".encode(), timeout=one.timeout, retries=one.retries, rate=one.rate,
             )  # fmt: skip
-            server = self._server(program, one.mtls_mode, Anonymous(reason="plaintext"), self._limits(one))
-            self._inbound.append((server, await self._listen(f"inbound[{number}].listen", one.listen)))
+            server = self._server(program, Anonymous(reason="plaintext"), self._settings(config, one))
+            self._inbound.append((server, found[f"inbound[{number}].listen"]))
         if config.outbound is not None and self._routes is not None:
             outbound = Outbound(
-                mode=config.outbound.mtls_mode, routes=self._routes_in_force, own_id=self._own_id,
+                mode=config.outbound.mtls_mode, routes=self._routes_in_force, own_id=self._presented.own_id,
                 seen=lambda: self._seen, proven=self._proven, remember_failed=self._remember_failed,
                 pseudonym=f"{self._pseudonym}-out".encode(),
             )  # fmt: skip
-            server = self._server(outbound, None, LocalProcess(), self._limits(self._routes))
-            self._outbound.append((server, await self._listen("outbound.listen", config.outbound.listen)))
+            server = self._server(outbound, LocalProcess(), self._settings(config, self._routes))
+            self._outbound.append((server, found["outbound.listen"]))
         if config.health is not None:
             health = Health(status=self.status, metrics=lambda: self._metrics.exposition(self.status()))
-            server = self._plain_server(health.handle)
-            self._health.append((server, await self._listen("health.listen", config.health.listen)))
+            server = Server(
+                direction="health", plaintext_peer=Anonymous(reason="plaintext"), handle=health.handle,
+                settings=parts.HEALTH, ended=lambda _record: None, credentials=lambda: None,
+            )  # fmt: skip
+            self._health.append((server, found["health.listen"]))
 
-    async def _listen(self, key: str, at: Address) -> Listener:
-        try:
-            return await self._network.listen(at)
-        except OSError as error:
-            raise OperatorFault(f"{key}: {at}: {error.strerror or error}", code="listen_refused") from error
-
-    def _server(self, program: Program, mode: Mode | None, plaintext_peer: Peer, limits: Limits) -> Server:
+    def _server(self, program: Program, plaintext_peer: Peer, settings: Settings) -> Server:
         pipeline = Pipeline(
             program=program, decisions=self._decisions, client=self._client, recorder=self._records,
-            live=self._live,
-            idle_timeout=lambda: self.config.timeouts.idle,
+            live=self._live, bounds=lambda: self._bounds,
         )  # fmt: skip
         return Server(
-            direction=program.direction, plaintext_peer=plaintext_peer, handle=pipeline.handle,
-            settings=_settings(self.config, mode, limits), ended=self._records.connection, credentials=self.credentials,
+            direction=program.direction, plaintext_peer=plaintext_peer, handle=pipeline.handle, settings=settings,
+            ended=self._records.connection, credentials=self._presented.in_use,
         )  # fmt: skip
 
-    def _plain_server(self, handle: Handle) -> Server:
-        settings = Settings(
-            mode=None, limits=_HEALTH_LIMITS, handshake_timeout=_HEALTH_LIMITS.header_timeout,
-            max_connections=_HEALTH_CONNECTIONS,
+    def _settings(self, config: Config, of: InboundListener | Routes) -> Settings:
+        return parts.server_settings(
+            config, mode=of.mtls_mode if isinstance(of, InboundListener) else None,
+            allow_encoded_slash=of.allow_encoded_slash, max_descriptor=self._max_descriptor,
         )  # fmt: skip
-        return Server(
-            direction="health", plaintext_peer=Anonymous(reason="plaintext"), handle=handle, settings=settings,
-            ended=lambda _record: None, credentials=lambda: None,
-        )  # fmt: skip
-
-    def _limits(self, of: InboundListener | Routes) -> Limits:
-        config = self.config
-        return Limits(
-            max_header_bytes=config.limits.max_header_bytes, max_header_fields=config.limits.max_header_fields,
-            max_streams=config.limits.max_streams, header_timeout=config.timeouts.header,
-            idle_timeout=config.timeouts.idle, linger_timeout=config.timeouts.lingering,
-            allow_encoded_slash=of.allow_encoded_slash,
-        )  # fmt: skip
-
-    # ── identity ──────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def credentials(self) -> tls.Credentials | None:
-        """What handshakes use now; None while there is no identity, or when it has expired."""
-        credentials = self._credentials
-        return credentials if credentials is not None and time.time() < credentials.identity.not_after else None
-
-    def _own_id(self) -> str | None:
-        credentials = self.credentials()
-        return str(credentials.identity.id) if credentials is not None else None
-
-    def _publish(self, reading: pem_files.Reading) -> None:
-        self._current.publish(reading.identity)
-        identity = self._current.identity
-        self._credentials = tls.Credentials(identity, verify.judge) if identity is not None else None
 
     async def _watch(self, files: FilesIdentity) -> None:
         with trio.CancelScope() as self._watching:
             await pem_files.watch(self._current, files, log=self._event)
-
-    async def _follow_identity(self) -> None:
-        async for identity in self._current.snapshots():
-            if self._credentials is None or self._credentials.generation != identity.generation:
-                try:
-                    self._credentials = tls.Credentials(identity, verify.judge)
-                except OperatorFault as fault:
-                    self._current.fail(fault.code)
-                    self._event("identity.refused", "error", code=fault.code, detail=str(fault))
 
     # ── policy ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -314,7 +266,7 @@ class App:
         if binary is None:
             raise OperatorFault("opa: OPA is not installed; run `sidecar opa install`", code="opa_missing")
         return Engine(
-            _policy(config), self._network, binary=binary, log=self._event,
+            parts.policy(config), self._network, binary=binary, log=self._event,
             runtime_dir=private.place(config.state_dir, os.environ.get("XDG_RUNTIME_DIR")),
             decision_timeout=config.timeouts.decision,
         )  # fmt: skip
@@ -330,8 +282,8 @@ class App:
                 raise OperatorFault(f"needs a restart: {', '.join(changed.refused)}", code="reload_needs_restart")
             reading = pem_files.read(new.identity, time.time()) if new.identity is not None else None
             if reading is not None:
-                tls.Credentials(reading.identity, verify.judge)
-            routes = Routes(new.outbound.routes, new.outbound.mtls_mode) if new.outbound is not None else None
+                presented.check(reading.identity)
+            routes = Routes(new.outbound.routes, new.outbound.mtls_mode, self._routes) if new.outbound else None
             if isinstance(self._decisions, Engine):
                 await self._reload_policy(self._decisions, new)
             if self._access is not None:
@@ -343,11 +295,11 @@ class App:
         self._event("config.reloaded", changed=list(changed.live))
 
     async def _reload_policy(self, engine: Engine, new: Config) -> None:
-        policy = _policy(new)
+        policy = parts.policy(new)
         try:
             await engine.reload(policy)
         except OperatorFault as fault:
-            raise _about_policy(fault, new) from fault
+            raise parts.about_policy(fault, new) from fault
 
     def _apply(
         self, new: Config, routes: Routes | None, reading: pem_files.Reading | None, nursery: trio.Nursery
@@ -355,16 +307,20 @@ class App:
         """Nothing in here can fail."""
         old, self.config = self.config, new
         self._log.level = new.log.level
-        self._seen = _seen(new)
+        self._seen = parts.seen(new)
+        self._bounds = parts.bounds(new)
         self._routes = routes
-        self._client.settings = _client_settings(new)
+        self._client.settings = parts.client_settings(new)
+        self._decisions.decision_timeout = new.timeouts.decision
         for number, (server, _) in enumerate(self._inbound):
-            server.settings = _settings(new, server.settings.mode, self._limits(new.inbound[number]))
+            server.settings = self._settings(new, new.inbound[number])
         if routes is not None:
             for server, _ in self._outbound:
-                server.settings = _settings(new, None, self._limits(routes))
+                server.settings = self._settings(new, routes)
         if reading is not None:
-            self._publish(reading)  # what is reported as taken up is in force, and not with the watcher's next look
+            self._presented.publish(
+                reading.identity
+            )  # what is reported as taken up is in force, and not with the watcher's next look
         if new.identity is not None and new.identity != old.identity:
             self._watching.cancel()
             nursery.start_soon(self._watch, new.identity)
@@ -382,17 +338,14 @@ class App:
         assert self._routes is not None  # noqa: S101  (a listener without routes is never made)
         return self._routes
 
-    def _open_connections(self) -> dict[str, int]:
-        counts: dict[str, int] = {}
-        for server, _ in self._inbound + self._outbound + self._health:
-            counts[server.direction] = counts.get(server.direction, 0) + server.open_connections
-        return counts
-
     def _event(self, name: str, level: Level = "info", /, **fields: object) -> None:
         """Tell, and count, something that happened to us."""
         level = _LEVELS.get(name, level)
-        self._metrics.happened(name)
+        self._happened(name)
         self._log.event(name, level, **fields)
+
+    def _happened(self, name: str, /) -> None:
+        self._metrics.happened(name)
 
     # ── what is known of us ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -416,46 +369,9 @@ class App:
         )
 
 
-_LEVELS: dict[str, Level] = {"identity.update_failed": "error", "identity.warning_raised": "warning"}
+_LEVELS: dict[str, Level] = {
+    "identity.update_failed": "error",
+    "identity.warning_raised": "warning",
+    "upstream.ejected": "warning",
+}
 """Of events whose teller knows no levels."""
-
-
-def _seen(config: Config) -> Seen:
-    names = frozenset(name.encode("ascii") for name in config.policy_input.headers)
-    return Seen(headers=names, query=frozenset(config.policy_input.query), reserved=frozenset(map(fold, names)))
-
-
-def _settings(config: Config, mode: Mode | None, limits: Limits) -> Settings:
-    return Settings(
-        mode=mode, limits=limits, handshake_timeout=config.timeouts.handshake,
-        max_connections=config.limits.max_connections,
-    )  # fmt: skip
-
-
-def _client_settings(config: Config) -> ClientSettings:
-    return ClientSettings(
-        connect_timeout=config.timeouts.connect, handshake_timeout=config.timeouts.handshake,
-        idle_timeout=config.timeouts.idle, max_header_bytes=config.limits.max_header_bytes,
-        max_header_fields=config.limits.max_header_fields,
-    )  # fmt: skip
-
-
-def _about_policy(fault: OperatorFault, config: Config) -> OperatorFault:
-    """The fault, with the key that names the bundle where it is about the bundle."""
-    if config.policy is None or not fault.code.startswith("bundle_"):
-        return fault
-    return OperatorFault(f"policy.source: {config.policy.source}: {fault}", code=fault.code)
-
-
-def _policy(config: Config) -> Policy:
-    """What the engine needs of the configuration. Raises `OperatorFault` for a key file that cannot be read."""
-    assert config.policy is not None  # noqa: S101  (the configuration has one wherever OPA is a child of ours)
-    keys = {}
-    for name, key in config.policy.keys.items():
-        try:
-            keys[name] = (key.algorithm, key.file.read_bytes())
-        except OSError as error:
-            raise OperatorFault(
-                f"policy.keys.{name}.file: {key.file}: {error.strerror}", code="policy_key_unreadable"
-            ) from error
-    return Policy(source=config.policy.source, keys=keys, scope=config.policy.scope)

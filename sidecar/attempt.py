@@ -5,13 +5,16 @@ What the programs plan alike stands here too. No I/O.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
-from sidecar.errors import ClientFault, PlaintextOnly
+from sidecar.config import Rate
+from sidecar.errors import ClientFault, PlaintextOnly, RateLimited
 from sidecar.model import Fields, Inquiry, RequestHead, Workload
-from sidecar.wire.client import Upstream
+from sidecar.wire import headers
 from sidecar.wire.target import query_pairs
+from sidecar.wire.upstream import Upstream
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +32,14 @@ class Attempt:
     """Told when the upstream has proven itself, before anything is sent to it."""
     step_down: Callable[[PlaintextOnly], Attempt] | None = None
     """What to ask for instead where the upstream does not speak TLS; raises the fault where that may not be."""
+    timeout: float | None = None
+    """Seconds from the head of the request to the end of its answer; None: as long as something moves."""
+    retries: int = 1
+    """How often what was provably not sent is tried again."""
+    bucket: Bucket | None = None
+    """What a token is taken from before anybody is asked."""
+    upstream_decides: bool = False
+    """Whether the upstream is a sidecar, whose `X-Decision-Id` tells of a decision. From others it is a claim, and removed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +65,42 @@ class Seen:
         pairs = query_pairs(head.target.query)
         return {name: values for name, values in pairs.items() if name in self.query}
 
+    def headers_of(self, head: RequestHead, fields: Fields) -> dict[str, tuple[str, ...]]:
+        """What policy sees of the fields that are sent. `Upgrade` is none of them, being of one connection only: it is
+        taken from the head that is sent, in lower case, since the names of protocols have no other (RFC 9110 §7.8).
+        """
+        if not self.headers:
+            return {}
+        seen = headers.policy_headers(fields, self.headers)
+        if head.upgrade is not None and b"upgrade" in self.headers:
+            seen["upgrade"] = (head.upgrade.lower(),)
+        return seen
+
+
+_WHOLE = 1 - 1e-6
+"""A token, but for what is lost in counting: whoever waits for just as long as was said must get it."""
+
+
+class Bucket:
+    """The tokens of one route or listener (`config.Rate`). The clock is its caller's, in seconds, and never goes back."""
+
+    __slots__ = ("_at", "_tokens", "rate")
+
+    def __init__(self, rate: Rate) -> None:
+        self.rate = rate
+        self._tokens = float(rate.burst)
+        self._at = -math.inf
+
+    def take(self, now: float) -> None:
+        """Take a token. Raises `RateLimited`, with the seconds until there is one again."""
+        rate = self.rate
+        tokens = min(float(rate.burst), self._tokens + (now - self._at) * rate.per_second)
+        self._at = now
+        if tokens < _WHOLE:
+            self._tokens = tokens
+            raise RateLimited((1 - tokens) / rate.per_second)
+        self._tokens = tokens - 1
+
 
 def not_connect(head: RequestHead) -> None:
     """Raise `ClientFault` for CONNECT: it has no target that could be sent on, and no tunnel waits behind it."""
@@ -61,17 +108,27 @@ def not_connect(head: RequestHead) -> None:
         raise ClientFault(code="connect_unsupported", public="CONNECT is not available here", status=501)
 
 
-_NOT_TUNNELLED = frozenset({"h2c", "h2", "http", "tls"})
-"""Upgrades of the connection itself, which would let a second protocol past policy."""
+_NOT_TUNNELLED = ("http", "tls", "h2")
+"""How the names of protocols begin that would take over the connection itself, and let requests past policy."""
 
 
 def is_grpc(head: RequestHead) -> bool:
     return any(name == b"content-type" and value.startswith(b"application/grpc") for name, value in head.fields)
 
 
-def sendable(head: RequestHead, upstream: Upstream) -> RequestHead:
-    """The head without an upgrade that the upstream's protocol cannot carry, or that is none of the application's."""
-    if head.upgrade is None:
+def offered(head: RequestHead) -> RequestHead:
+    """The head without an upgrade that is none of the application's. An ordinary request is what remains, since a server
+    may ignore an upgrade (RFC 9110 §7.8). Over HTTP/2 nothing would remain (RFC 8441 §4): there it is `ClientFault` 501.
+    """
+    if head.upgrade is None or not head.upgrade.lower().startswith(_NOT_TUNNELLED):
         return head
-    token = head.upgrade.partition("/")[0].lower()
-    return head if upstream.protocol == "h1" and token not in _NOT_TUNNELLED else replace(head, upgrade=None)
+    if head.protocol == "HTTP/2":
+        raise ClientFault(code="tunnel_unsupported", public="there is no tunnel for this protocol", status=501)
+    return replace(head, upgrade=None)
+
+
+def sendable(head: RequestHead, upstream: Upstream) -> RequestHead:
+    """The head as this upstream can be sent it. Extended CONNECT stands for GET: another method's upgrade is left out."""
+    if head.upgrade is None or upstream.protocol == "h1" or head.method == "GET":
+        return head
+    return replace(head, upgrade=None)

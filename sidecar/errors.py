@@ -14,6 +14,8 @@ class SidecarError(Exception):
     status: int = 500
     code: str = "internal_error"
     public: str = "the sidecar failed"
+    retry_after: float | None = None
+    """Seconds after which it may be worth another try, where that is known."""
 
     def __init__(
         self, detail: str = "", *, code: str | None = None, public: str | None = None, status: int | None = None
@@ -29,7 +31,7 @@ class SidecarError(Exception):
 
 
 class ClientFault(SidecarError):
-    """The request has no single meaning, or is beyond a limit: 400, 408, 413, 414, 421, 431, 501."""
+    """The request has no single meaning, or is beyond a limit: 400, 408, 413, 414, 421, 429, 431, 501."""
 
     status = 400
     code = "request_malformed"
@@ -44,10 +46,23 @@ class NoRoute(ClientFault):
     public = "no route leads to this destination"
 
 
+class RateLimited(ClientFault):
+    """More requests than a route's bucket has tokens for: 429 with Retry-After (RFC 6585 §4)."""
+
+    status = 429
+    code = "rate_limited"
+    public = "there are more requests than this route takes"
+
+    def __init__(self, retry_after: float) -> None:
+        super().__init__()
+        self.retry_after = retry_after
+
+
 class OurFault(SidecarError):
     """We cannot do our part: 503 with Retry-After."""
 
     status = 503
+    retry_after = 1.0
     code = "sidecar_unavailable"
     public = "the sidecar is not able to serve"
 
@@ -76,8 +91,17 @@ class NotSent(UpstreamFault):
     """The request provably did not reach the upstream: it may be tried again, under the same permit."""
 
     status = 503
+    retry_after = 1.0
     code = "upstream_unreachable"
     public = "the upstream cannot be reached"
+
+
+class UpgradeUnsupported(UpstreamFault):
+    """The upstream's connection cannot carry the upgrade that was asked for, and nothing was sent. Another try ends alike."""
+
+    status = 501
+    code = "upgrade_unsupported"
+    public = "the upstream does not carry this upgrade"
 
 
 class PlaintextOnly(NotSent):

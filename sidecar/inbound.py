@@ -1,7 +1,8 @@
 """Inbound: callers of the agent, proven by mTLS or known to be nobody, on their way to the agent's local port.
 
 Plans what goes to the agent: the caller's proven ID in `X-Forwarded-SPIFFE-ID`, everything that could claim an identity
-removed. A request whose authority is not the name that its handshake asked for gets 421.
+removed. A request whose authority is not the name that its handshake asked for gets 421. An upgrade goes to the agent as
+its protocol has it: `Upgrade` over HTTP/1.1, extended CONNECT where the agent is said to speak h2c.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from urllib.parse import quote
 
-from sidecar.attempt import Attempt, Ids, Seen, is_grpc, not_connect, sendable
-from sidecar.config import AgentUpstream
+from sidecar.attempt import Attempt, Bucket, Ids, Seen, is_grpc, not_connect, offered, sendable
+from sidecar.config import AgentUpstream, Rate
 from sidecar.errors import ClientFault
 from sidecar.model import Anonymous, Connection, Direction, Inquiry, Mode, Request, RequestHead, Workload
 from sidecar.wire import headers
-from sidecar.wire.client import Upstream
+from sidecar.wire.upstream import Upstream
 
 
 class Inbound:
@@ -24,19 +25,34 @@ class Inbound:
     direction: Direction = "inbound"
 
     def __init__(
-        self, *, mode: Mode, agent: AgentUpstream, xfcc: bool, seen: Callable[[], Seen], pseudonym: bytes
+        self,
+        *,
+        mode: Mode,
+        agent: AgentUpstream,
+        xfcc: bool,
+        seen: Callable[[], Seen],
+        pseudonym: bytes,
+        timeout: float | None = None,
+        retries: int = 1,
+        rate: Rate | None = None,
     ) -> None:
+        """`timeout`, `retries` and `rate` are those of the listener (`config.InboundListener`)."""
         self.mode = mode
         self.via = b"1.1 " + pseudonym
         self._pseudonym = pseudonym
         self._xfcc = xfcc
         self._seen = seen
+        self._timeout = timeout
+        self._retries = retries
+        self._bucket = Bucket(rate) if rate is not None else None
         self._protocol = agent.protocol
         self._h1 = Upstream(address=agent.address, tls=False, protocol="h1")
         self._h2 = replace(self._h1, protocol="h2")
 
     def attempt(self, connection: Connection, request: Request, ids: Ids) -> Attempt:
         head = request.head
+        if head.upgrade is not None:
+            head = offered(head)
         not_connect(head)
         if connection.server_name is not None and head.host != connection.server_name:
             raise ClientFault(
@@ -51,22 +67,25 @@ class Inbound:
             request_id=ids.request, traceparent=ids.traceparent, via=self.via,
             xfcc=_xfcc(caller) if self._xfcc and caller else None, te_trailers=upstream.protocol == "h2",
         )  # fmt: skip
-        seen = self._seen()
+        seen, sent = self._seen(), head if head.upgrade is None else sendable(head, upstream)
         inquiry = Inquiry(
             direction="inbound", caller=caller,
             caller_reason=connection.peer.reason if isinstance(connection.peer, Anonymous) else None,
             method=head.method, path=head.target.path, segments=head.target.segments, query=seen.query_of(head),
-            headers=headers.policy_headers(fields, seen.headers), mtls_mode=self.mode, tls=connection.tls,
+            headers=seen.headers_of(sent, fields), mtls_mode=self.mode, tls=connection.tls,
             host=head.host, port=head.port or connection.local.port, protocol=head.protocol,
         )  # fmt: skip
         return Attempt(
-            upstream=upstream, head=sendable(head, upstream), fields=fields, inquiry=inquiry, reserved=seen.reserved
-        )
+            upstream=upstream, head=sent, fields=fields, inquiry=inquiry, reserved=seen.reserved,
+            timeout=self._timeout, retries=self._retries, bucket=self._bucket,
+        )  # fmt: skip
 
     def _upstream(self, head: RequestHead) -> Upstream:
         if self._protocol == "h1":
             return self._h1
-        return self._h2 if self._protocol == "h2c" or is_grpc(head) else self._h1
+        if self._protocol == "h2c" or (is_grpc(head) and head.upgrade is None):
+            return self._h2
+        return self._h1
 
 
 def _xfcc(caller: str) -> str:

@@ -236,6 +236,11 @@ class Reply(Protocol):
         ...
 
     @property
+    def gone(self) -> bool:
+        """Whether the client is known to have gone: then that is why the exchange was cancelled."""
+        ...
+
+    @property
     def bytes_sent(self) -> int:
         """Body bytes of the final answer handed to the transport so far."""
         ...

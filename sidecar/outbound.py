@@ -4,6 +4,9 @@ The agent says `Host: localhost:8080` or whatever it knows the target by; the ro
 decided on and sent, and which SPIFFE IDs the target must prove. In permissive mode a route may name a plaintext address
 too. It is stepped down to only where the mTLS port is closed or does not speak TLS, never to a target that has once
 proven itself, and as a new question.
+
+An upgrade takes an HTTP/1.1 connection of its own, which every server that has upgrades understands; only a route that says
+`protocol: h2` has it go as extended CONNECT.
 """
 
 from __future__ import annotations
@@ -14,14 +17,14 @@ from typing import Literal
 
 import trio
 
-from sidecar.attempt import Attempt, Ids, Seen, is_grpc, not_connect, sendable
+from sidecar.attempt import Attempt, Bucket, Ids, Seen, is_grpc, not_connect, offered, sendable
 from sidecar.config import Route, RouteTable
 from sidecar.errors import ClientFault, NoRoute, NotSent, PlaintextOnly
 from sidecar.identity.proven import Proven
 from sidecar.identity.spiffe import parse
 from sidecar.model import Connection, Direction, Inquiry, Mode, Request, Workload
 from sidecar.wire import headers
-from sidecar.wire.client import Upstream
+from sidecar.wire.upstream import Upstream
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +34,7 @@ class _Leg:
     route: Route
     upstream: Upstream
     plaintext: Upstream | None
+    bucket: Bucket | None
     target: Mapping[str, object]
     plaintext_target: Mapping[str, object]
 
@@ -38,14 +42,20 @@ class _Leg:
 class Routes:
     """The routes in force, replaced whole by a reload."""
 
-    def __init__(self, routes: Sequence[Route], mode: Mode) -> None:
+    def __init__(self, routes: Sequence[Route], mode: Mode, before: Routes | None = None) -> None:
+        """`before`: those that these replace. Where the rate of a route is the same, its bucket stays."""
         self._table = RouteTable(routes)
-        self._legs = {route.name: _leg(route, mode) for route in routes}
+        old: Mapping[str, _Leg] = {} if before is None else before._legs
+        buckets = {name: leg.bucket for name, leg in old.items()}
+        self._legs: Mapping[str, _Leg] = {route.name: _leg(route, mode, buckets.get(route.name)) for route in routes}
         self.allow_encoded_slash = any(route.allow_encoded_slash for route in routes)
 
     def leg(self, host: str, path: str) -> _Leg:
-        """Raises `NoRoute`, or `ClientFault` for an encoded slash on a route that takes none."""
-        route = self._table.match(host, path)
+        """Raises `NoRoute`, or `ClientFault` for an encoded slash on a route that takes none.
+
+        `OPTIONS *` asks about the server as a whole (RFC 9110 §9.3.7), and takes the route of `/`.
+        """
+        route = self._table.match(host, "/" if path == "*" else path)
         if route is None:
             raise NoRoute(f"{host}{path}")
         if self.allow_encoded_slash and not route.allow_encoded_slash and "%2F" in path:
@@ -53,7 +63,9 @@ class Routes:
         return self._legs[route.name]
 
 
-def _leg(route: Route, mode: Mode) -> _Leg:
+def _leg(route: Route, mode: Mode, bucket: Bucket | None = None) -> _Leg:
+    if route.rate is None or bucket is None or bucket.rate != route.rate:
+        bucket = Bucket(route.rate) if route.rate is not None else None
     target = {"address": str(route.target), "spiffe_ids": sorted(route.spiffe_ids), "route": route.name}
     secured = mode != "disabled"
     return _Leg(
@@ -65,6 +77,7 @@ def _leg(route: Route, mode: Mode) -> _Leg:
         plaintext=Upstream(address=route.plaintext, tls=False, protocol=_protocol(route, secured=False))
         if route.plaintext is not None and mode == "permissive"
         else None,
+        bucket=bucket,
         target=target,
         plaintext_target={**target, "address": str(route.plaintext)},
     )  # fmt: skip
@@ -111,9 +124,10 @@ class Outbound:
     def _attempt(
         self, leg: _Leg, upstream: Upstream, target: Mapping[str, object], request: Request, ids: Ids
     ) -> Attempt:
-        original, route, own_id = request.head, leg.route, self._own_id()
+        original, route, own_id = offered(request.head), leg.route, self._own_id()
         if original.upgrade is not None:
-            upstream = replace(upstream, protocol="h1")  # what carries upgrades
+            if upstream.protocol == "auto":
+                upstream = replace(upstream, protocol="h1")
         elif is_grpc(original) and not upstream.tls:
             upstream = replace(upstream, protocol="h2")
         head = sendable(
@@ -128,7 +142,7 @@ class Outbound:
         inquiry = Inquiry(
             direction="outbound", caller=own_id, caller_reason="local_process", method=head.method,
             path=head.target.path, segments=head.target.segments, query=seen.query_of(head),
-            headers=headers.policy_headers(fields, seen.headers), mtls_mode=self.mode, tls=upstream.tls,
+            headers=seen.headers_of(head, fields), mtls_mode=self.mode, tls=upstream.tls,
             host=route.authority_host, port=route.authority_port or route.target.port, protocol=original.protocol,
             target=target,
         )  # fmt: skip
@@ -143,7 +157,8 @@ class Outbound:
 
         return Attempt(
             upstream=upstream, head=head, fields=fields, inquiry=inquiry, reserved=seen.reserved,
-            proven=None if known else remember,
+            proven=None if known else remember, timeout=route.timeout, retries=route.retries, bucket=leg.bucket,
+            upstream_decides=upstream.tls,
         )  # fmt: skip
 
     def _stepped_down(self, leg: _Leg, request: Request, ids: Ids, fault: PlaintextOnly) -> Attempt:

@@ -12,15 +12,15 @@ from sidecar.errors import OperatorFault
 
 
 def add(groups: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = groups.add_parser("run", help="serve until SIGTERM; SIGHUP reads the configuration again")
+    parser = groups.add_parser("run", help="serve until SIGTERM or a successor; SIGHUP reads the configuration again")
     parser.add_argument("--config", metavar="FILE", type=Path, required=True, help="the configuration, in YAML")
     parser.set_defaults(command=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from sidecar import app  # noqa: PLC0415  other commands need no server in memory
+    from sidecar import process  # noqa: PLC0415  other commands need no server in memory
 
-    return app.run(partial(read, arguments.config))
+    return process.run(partial(read, arguments.config))
 
 
 def read(path: Path) -> config.Config:

@@ -38,8 +38,8 @@ LIVE_KEYS: Mapping[str, bool] = MappingProxyType(
         "decision_log": False,
         "labels": False,
         "health.listen": False,
-        **{f"timeouts.{field.name}": field.name != "decision" for field in fields(Timeouts)},
-        **{f"limits.{field.name}": field.name != "max_connections" for field in fields(Limits)},
+        **{f"timeouts.{field.name}": True for field in fields(Timeouts)},
+        **{f"limits.{field.name}": True for field in fields(Limits)},
         "log.access": False,
         "log.level": True,
     }

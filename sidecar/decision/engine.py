@@ -97,7 +97,8 @@ class Engine:
         self._runtime_dir = runtime_dir
         self._binary = binary
         self._log = log
-        self._decision_timeout = decision_timeout
+        self.decision_timeout = decision_timeout
+        """May be set anew while running."""
         self._max_connections = max_connections
         self._workers = workers
         self._timing = timing
@@ -127,7 +128,7 @@ class Engine:
             if self._running is None:
                 raise NoDecision("no policy has been accepted yet", code="policy_not_ready")
             raise NoDecision("OPA has ended and is not back yet", code="decision_unreachable")
-        return await opa.decide(inquiry)
+        return await opa.decide(inquiry, self.decision_timeout)
 
     # ── life ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -180,7 +181,7 @@ class Engine:
             await trio.to_thread.run_sync(archive.write_bytes, bundle.archive)
             child = Child(self._binary, directory, told.configuration(bundle, archive), workers=self._workers)
             opa = Opa(
-                self._network, child.socket, bundle=told.NAME, decision_timeout=self._decision_timeout,
+                self._network, child.socket, bundle=told.NAME, decision_timeout=self.decision_timeout,
                 max_connections=self._max_connections, words=self._words,
             )  # fmt: skip
             await self._nursery.start(child.run)

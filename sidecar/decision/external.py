@@ -46,12 +46,14 @@ class External:
             OnlyFrom(network, frozenset(uids)), socket, bundle=None, decision_timeout=decision_timeout,
             max_connections=max_connections,
         )  # fmt: skip
+        self.decision_timeout = decision_timeout
+        """May be set anew while running."""
         self._log = log
         self._timing = timing
         self._scope = trio.CancelScope()
 
     async def decide(self, inquiry: Inquiry) -> Decision:
-        decision = await self._opa.decide(inquiry)
+        decision = await self._opa.decide(inquiry, self.decision_timeout)
         self.bundle_revision = decision.revision
         return decision
 

@@ -16,7 +16,7 @@ import os
 import re
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -28,7 +28,8 @@ from sidecar.errors import ClientFault, MaybeSent, NoDecision
 from sidecar.model import Aborted, Address, Decision, Direction, Inquiry, Trailers
 from sidecar.wire import h1
 from sidecar.wire.h1_body import Incoming
-from sidecar.wire.network import Listener, Network, Stream
+from sidecar.wire.listening import Listener
+from sidecar.wire.network import Network, Stream
 
 MAX_ANSWER_BYTES = 1 << 20
 WARM_UP_TIMEOUT = 10.0
@@ -95,9 +96,11 @@ class Opa:
         asked = self._max_connections - self._turns.value
         return f"<Opa at {self._address}: {asked} asked, {len(self._idle)} connections idle>"
 
-    async def decide(self, inquiry: Inquiry) -> Decision:
+    async def decide(self, inquiry: Inquiry, decision_timeout: float | None = None) -> Decision:
+        """`decision_timeout` None: the one that was set at first."""
         body = self._question(inquiry)
-        raw = await self._ask(self._heads[inquiry.direction] % len(body) + body, self._timeout)
+        timeout = self._timeout if decision_timeout is None else decision_timeout
+        raw = await self._ask(self._heads[inquiry.direction] % len(body) + body, timeout)
         return contract.answer(raw, decision_id=self._new_id(), bundle=self._bundle, read=self._read)
 
     async def warm_up(self) -> None:
@@ -265,6 +268,9 @@ class OnlyFrom:
     def __init__(self, network: Network, uids: frozenset[int]) -> None:
         self._network = network
         self._uids = uids
+
+    async def resolve(self, name: Address) -> Sequence[Address]:
+        return await self._network.resolve(name)
 
     async def connect(self, to: Address | Path) -> socket.socket:
         sock = await self._network.connect(to)

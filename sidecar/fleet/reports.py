@@ -48,6 +48,8 @@ class Said:
     shadow_serial: int | None = None
     compared: int = 0
     dropped: int = 0
+    undecided: int = 0
+    """Questions to which the candidate gave no decision."""
     allow_to_deny: int = 0
     deny_to_allow: int = 0
     examples: tuple[Mapping[str, str], ...] = ()
@@ -172,6 +174,7 @@ def _of_sidecar(value: Mapping[str, object]) -> dict[str, Said]:
         errors=whole(counters.get("errors", 0), "errors"),
         compared=whole(shadow.get("compared", 0), "compared"),
         dropped=whole(shadow.get("dropped", 0), "dropped"),
+        undecided=whole(shadow.get("undecided", 0), "undecided"),
         allow_to_deny=whole(shadow.get("allow_to_deny", 0), "allow_to_deny"),
         deny_to_allow=whole(shadow.get("deny_to_allow", 0), "deny_to_allow"),
     )

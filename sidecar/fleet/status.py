@@ -9,7 +9,7 @@ from sidecar.fleet import rollout as rollouts
 from sidecar.fleet.reports import Row, Said
 from sidecar.fleet.rollout import GONE_SECONDS, Rollout, Version
 
-_SHADOW = ("compared", "dropped", "allow_to_deny", "deny_to_allow")
+_SHADOW = ("compared", "dropped", "undecided", "allow_to_deny", "deny_to_allow")
 
 
 def standing(

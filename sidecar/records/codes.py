@@ -13,7 +13,8 @@ _CONNECTION = """
     anchor_foreign peer_rejected peer_unexpected session_resumed svid_ext_key_usage svid_ext_malformed
     svid_id_malformed svid_is_ca svid_key_usage svid_malformed svid_many_uris svid_missing_uri svid_not_spiffe
     trust_domain_unknown
-    connections_exhausted drain_timeout evicted draining exchange_aborted idle_timeout no_bytes plaintext_refused
+    connections_exhausted drain_timeout evicted draining exchange_aborted idle_timeout no_bytes peer_connections_exceeded
+    keepalive_timeout plaintext_refused
     peer_no_longer_trusted reset_by_peer
     h2_cancel h2_compression_error h2_connect_error h2_enhance_your_calm h2_flow_control_error h2_frame_size_error
     h2_http_1_1_required h2_inadequate_security h2_internal_error h2_no_error h2_protocol_error h2_refused_stream
@@ -21,12 +22,12 @@ _CONNECTION = """
 """
 
 _REQUEST = """
-    authority_malformed authority_mismatch body_malformed coding_unsupported connect_unsupported
+    authority_malformed authority_mismatch body_malformed body_timeout coding_unsupported connect_unsupported
     connection_malformed connection_nominates_protected expectation_failed framing_ambiguous head_control_character
     head_incomplete head_malformed head_timeout head_too_large head_too_many_fields header_ambiguous
     header_name_malformed header_repeated header_value_malformed host_mismatch host_missing host_repeated
-    length_malformed length_mismatch loop_detected method_malformed request_malformed request_overridden
-    route_missing scheme_mismatch tunnel_unsupported version_unsupported
+    length_malformed length_mismatch loop_detected method_malformed rate_limited request_line_too_long
+    request_malformed request_overridden route_missing scheme_mismatch tunnel_unsupported version_unsupported
     path_backslash path_character path_control path_encoding_invalid path_escape_doubled path_escape_malformed
     path_escapes_root path_not_ascii path_segment_disguised path_slash_encoded path_whitespace
     query_control query_encoding_invalid query_escape_malformed query_name_ambiguous query_name_missing
@@ -35,7 +36,7 @@ _REQUEST = """
 """
 
 _SIDECAR = """
-    cancelled client_gone exchange_idle internal_error message_aborted overloaded sidecar_unavailable
+    cancelled client_gone exchange_idle internal_error message_aborted overloaded route_timeout sidecar_unavailable
     decision_broken_off decision_malformed decision_timeout decision_too_large decision_unaskable
     decision_unavailable decision_undefined decision_unproven decision_unreachable decision_unsupported
     policy_not_ready policy_stale
@@ -46,7 +47,8 @@ _UPSTREAM = """
     answer_timeout answer_too_large plaintext_refused_after_proof upstream_broke_off upstream_connect_timeout upstream_failed
     upstream_handshake_timeout upstream_malformed upstream_no_answer upstream_not_tls upstream_protocol
     upstream_draining upstream_ended upstream_refused upstream_refused_stream upstream_reset
-    upstream_streams_exhausted upstream_unreachable upstream_unresolved
+    upstream_overloaded upstream_streams_exhausted upstream_unreachable upstream_unresolved
+    upgrade_malformed upgrade_refused upgrade_unsupported
 """
 
 CODES = frozenset(f"{_CONNECTION} {_REQUEST} {_SIDECAR} {_UPSTREAM}".split())

@@ -16,6 +16,9 @@ class LiveTable:
     def __init__(self) -> None:
         self._open: dict[str, Direction] = {}
 
+    def __len__(self) -> int:
+        return len(self._open)
+
     def enter(self, exchange_id: str, direction: Direction, /) -> None:
         self._open[exchange_id] = direction
 

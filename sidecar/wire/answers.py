@@ -7,12 +7,11 @@ nothing else leaves the process. A gRPC caller gets a trailers-only answer, sinc
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 
 from sidecar.errors import SidecarError
 from sidecar.model import NOTHING, Fields, Response, ResponseHead
-
-_RETRY_AFTER = b"1"
 
 
 class Whole:
@@ -39,10 +38,12 @@ def refusal(
     ids: Mapping[str, str] = NOTHING,
     extra: Mapping[str, str] = NOTHING,
     unavailable: bool = False,
+    retry_after: float | None = None,
 ) -> Response:
     """An answer of ours. `ids` become both header fields (`x-decision-id`) and members of the body (`decision_id`).
 
-    `unavailable` tells a gRPC caller 14 UNAVAILABLE instead of what the status would mean.
+    `unavailable` tells a gRPC caller 14 UNAVAILABLE instead of what the status would mean. `retry_after` is in seconds,
+    of which the field can only tell whole ones (RFC 9110 §10.2.3): rounded up, and at least 1.
     """
     fields = [(f"x-{name.replace('_', '-')}".encode(), value.encode("latin-1")) for name, value in ids.items()]
     fields += [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in extra.items()]
@@ -52,16 +53,21 @@ def refusal(
         {"type": "about:blank", "title": sentence, "status": status, "code": code, **ids}, separators=(",", ":")
     ).encode()
     fields += [(b"content-type", b"application/problem+json"), (b"cache-control", b"no-store")]
-    if status == 503:
-        fields.append((b"retry-after", _RETRY_AFTER))
+    if retry_after is not None:
+        fields.append((b"retry-after", b"%d" % max(1, math.ceil(retry_after))))
     return Response(head=ResponseHead(status=status, fields=fields), body=Whole(body))
 
 
 def fault(error: SidecarError, *, request_fields: Fields = (), ids: Mapping[str, str] = NOTHING) -> Response:
     unavailable = error.status >= 500
     return refusal(
-        error.status, error.code, error.public, request_fields=request_fields, ids=ids, unavailable=unavailable
-    )
+        error.status, error.code, error.public, request_fields=request_fields, ids=ids, unavailable=unavailable,
+        retry_after=error.retry_after if error.status in _LATER else None,
+    )  # fmt: skip
+
+
+_LATER = frozenset({429, 503})
+"""What `Retry-After` goes with."""
 
 
 def _is_grpc(fields: Fields) -> bool:

@@ -1,347 +1,240 @@
 """Connections to upstreams: made, proven, shared and kept.
 
-The pool's key is the whole `Upstream`: the address, the IDs that will do, the server name and the protocol. A connection is only ever
-given to a request that asks for exactly what that connection proved. Each carries the identity generation that judged it; when
-a new one is in force it is judged again before its next request, and closed where that fails.
+There is a pool (`wire.pool`) for each whole `Upstream`: the address, the IDs that will do, the server name and the protocol. A
+connection is only ever given to a request that asks for exactly what that connection proved. Each carries the identity
+generation that judged it; when a new one is in force it is judged again before its next request, and closed where that fails.
 
-What went wrong is told as `NotSent` (the request provably did not leave) or `MaybeSent`; nothing is retried here.
+A kept connection may be ended by the other side at any time. What can be seen of that is seen before it is used; what cannot is
+a request that comes back as `NoAnswer`, and whoever may send it again does so on one that is `fresh`. What went wrong is
+told as `NotSent` (the request provably did not leave) or `MaybeSent`; nothing is retried here.
+
+Once a second the client looks after what nobody uses: idle times and ages, peers that are gone, addresses that come back from their
+ejection. Names that connections are open to are asked for again every half a minute, and what leads to an address that is
+no longer in the answer is retired; where there is no answer, what works is left alone.
 """
 
 from __future__ import annotations
 
-import socket
-import time
+import random
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from itertools import count
+from typing import Protocol
 
 import trio
 
-from sidecar.errors import NotSent, OurFault, PeerRejected, PlaintextOnly, SidecarError
-from sidecar.model import Address, Body, ByteStream, Fields, RequestHead, ResponseHead, SpiffeId, Workload
+from sidecar.errors import NotSent, OurFault, SidecarError
+from sidecar.model import Address
 from sidecar.wire import tls
-from sidecar.wire.h1_client import H1Connection
-from sidecar.wire.h2_client import H2Connection
+from sidecar.wire.connector import Connector, Made
+from sidecar.wire.dialling import is_literal
+from sidecar.wire.endpoints import Endpoint, Endpoints
 from sidecar.wire.network import Network, Stream
+from sidecar.wire.pool import Pending, Pool
+from sidecar.wire.pooled import SharedConnection
+from sidecar.wire.upstream import ClientSettings, Upstream, UpstreamStream
+
+__all__ = ["Client", "ClientSettings", "Upstream", "UpstreamStream"]
+
+_LOOK_INTERVAL = 1.0
+_THOROUGH = 15
+"""So many looks from one that costs system calls to the next."""
+_RESOLVE = 30
+"""So many looks from one question for a name to the next."""
+_RESOLVE_TIMEOUT = 20.0
+_FORGET_AFTER = 600.0
+"""What is known of an upstream that nobody asks for."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Upstream:
-    """Where a request goes and what must be proven there. Two that are equal may share connections."""
+class Tell(Protocol):
+    """Told of events, by name (docs/events.md)."""
 
-    address: Address
-    tls: bool
-    allowed: frozenset[SpiffeId] | None = None
-    """The IDs that will do; None for any that is proven. Only with `tls`."""
-    server_name: str | None = None
-    protocol: Literal["auto", "h1", "h2"] = "h1"
-    """auto asks by ALPN, and is h1 without TLS."""
+    def __call__(self, name: str, /, **fields: object) -> None: ...
 
 
-class UpstreamStream(Protocol):
-    """One request to an upstream and its answer. `release` is called once, whatever happened."""
-
-    @property
-    def reused(self) -> bool:
-        """Whether the connection has carried an exchange before this one."""
-        ...
-
-    @property
-    def peer(self) -> Workload | None: ...
-
-    @property
-    def body(self) -> Body:
-        """Of the final answer, once `receive` has returned its head."""
-        ...
-
-    async def send(self, head: RequestHead, fields: Fields, body: Body) -> None:
-        """Send the request and pull its body to the end. `fields` are final, without Host.
-
-        Raises `NotSent` or `MaybeSent`, and lets what `body.receive` raises pass.
-        """
-        ...
-
-    async def receive(self) -> ResponseHead:
-        """Return the next head: any number of 1xx, then the final one. Raises `MaybeSent`."""
-        ...
-
-    def tunnel(self) -> ByteStream: ...
-
-    def release(self) -> None:
-        """Keep the connection where both messages ended in order; else make the upstream see the abort."""
-        ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClientSettings:
-    connect_timeout: float = 5.0
-    handshake_timeout: float = 5.0
-    idle_timeout: float = 3600.0
-    max_idle: int = 256
-    """Kept h1 connections per upstream."""
-    max_header_bytes: int = 60 * 1024
-    max_header_fields: int = 100
-
-
-_REAP_INTERVAL = 15.0
+def _nobody(_name: str, /, **_fields: object) -> None:
+    pass
 
 
 class Client:
-    """The pool. `run` must be running: readers of shared connections live in its nursery."""
+    """All pools. `run` must be running: readers of shared connections live in its nursery."""
 
     def __init__(
-        self, network: Network, credentials: Callable[[], tls.Credentials | None], settings: ClientSettings
+        self,
+        network: Network,
+        credentials: Callable[[], tls.Credentials | None],
+        settings: ClientSettings,
+        *,
+        log: Tell = _nobody,
+        chance: random.Random | None = None,
     ) -> None:
+        """`chance`: where ages and the order of addresses come from."""
         self.settings = settings
-        self._network = network
-        self._credentials = credentials
-        self._idle: dict[Upstream, list[_Kept]] = {}
-        self._shared: dict[Upstream, list[_Shared]] = {}
-        self._connecting: dict[Upstream, _Pending] = {}
-        self._h1_only: set[Upstream] = set()
-        """Upstreams that chose h1 when they were last asked: nothing is shared there, so that nobody need wait for another."""
+        """Replaced by a reload; what is open keeps to those that it began with."""
+        self.credentials = credentials
+        self.chance = chance or random.Random()  # noqa: S311  (spread, not secrets)
+        self.now = 0.0
+        self.keeping = False
+        self._log = log
+        self._connector = Connector(network, credentials, self.blame)
+        self._pools: dict[Upstream, Pool] = {}
+        self._targets: dict[Address, Endpoints] = {}
         self._nursery: trio.Nursery | None = None
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Carry what shared connections need, and close what has been idle for too long. Ends by cancellation."""
+        """Carry what shared connections need, and look after all of them. Ends by cancellation."""
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
+                self.now = trio.current_time()
+                self.keeping = True
                 task_status.started()
-                while True:
-                    await trio.sleep(_REAP_INTERVAL)
-                    self._reap()
+                for number in count(1):
+                    await trio.sleep(_LOOK_INTERVAL)
+                    self._look(thoroughly=number % _THOROUGH == 0)
+                    if number % _RESOLVE == 0:
+                        self._resolve_again(nursery)
         finally:
             self._nursery = None
+            self.keeping = False
             self.close()
 
-    async def open(self, upstream: Upstream) -> UpstreamStream:
+    async def open(self, upstream: Upstream, fresh: bool = False) -> UpstreamStream:
         """Return a stream on a kept or new connection that has proven what `upstream` asks for.
 
-        Raises `NotSent`, `PlaintextOnly` or `PeerRejected`.
+        `fresh`: not on an h1 connection that was kept, which may have ended unseen. Raises `NotSent` (`upstream_overloaded`
+        where the bound is reached and nothing becomes free in time), `PlaintextOnly` or `PeerRejected`.
         """
-        while (stream := self._take(upstream)) is None:
-            if upstream.protocol == "h1" or upstream in self._h1_only:
-                return self._opened(*await self._connect(upstream), upstream)
-            pending = self._connecting.get(upstream)
+        while True:
+            pool = self._pools.get(upstream)
+            if pool is None:
+                pool = self._added(upstream)
+            stream = pool.take(fresh=fresh)
+            if stream is not None:
+                return stream
+            if pool.h1_only or pool.full:
+                return await self._obtained(pool, fresh=fresh)
+            pending = pool.pending
             if pending is None:
-                return await self._open_for_all(upstream)
+                return await self._obtained_for_all(pool, fresh=fresh)
             await pending.over.wait()  # it may have become a connection that can be shared
             if pending.fault is not None:
+                stream = pool.take(fresh=fresh)  # something else may have become free meanwhile
+                if stream is not None:
+                    return stream
                 raise _alike(pending.fault) from pending.fault
-        return stream
 
-    async def _open_for_all(self, upstream: Upstream) -> UpstreamStream:
+    def close(self) -> None:
+        for pool in self._pools.values():
+            pool.close()
+        self._pools.clear()
+
+    def blame(self, endpoints: Endpoints, endpoint: Endpoint) -> None:
+        """Count a failure against an address. Where that ejects it, what is open to it takes no new request."""
+        settings = self.settings
+        seconds = endpoints.failed(
+            endpoint, trio.current_time(), max_failures=settings.max_failures, ejection=settings.ejection
+        )
+        if seconds:
+            self._retire(endpoints, lambda address: address == endpoint.address)
+            self._log(
+                "upstream.ejected", target=str(endpoints.target), address=str(endpoint.address),
+                failures=endpoint.failures, seconds=seconds,
+            )  # fmt: skip
+
+    # ── new connections ─────────────────────────────────────────────────────────────────────────────────────────
+
+    def _added(self, upstream: Upstream) -> Pool:
+        endpoints = self._targets.get(upstream.address)
+        if endpoints is None:
+            endpoints = Endpoints(upstream.address, turn=self.chance.randrange(1 << 16))
+            self._targets[upstream.address] = endpoints
+        pool = self._pools[upstream] = Pool(upstream, endpoints, self)
+        return pool
+
+    async def _obtained_for_all(self, pool: Pool, *, fresh: bool) -> UpstreamStream:
         """Connect while others wait. What failed for one has failed for all who waited: to try in turn would add up timeouts."""
-        pending = self._connecting[upstream] = _Pending()
+        pending = pool.pending = Pending()
         try:
-            return self._opened(*await self._connect(upstream), upstream)
+            return await self._obtained(pool, fresh=fresh)
         except SidecarError as fault:
             pending.fault = fault
             raise
         finally:
-            del self._connecting[upstream]
+            pool.pending = None
             pending.over.set()
 
-    def _opened(self, stream: Stream, proof: _Proof | None, upstream: Upstream) -> UpstreamStream:
-        if _speaks_h2(stream, upstream):
-            self._h1_only.discard(upstream)
-            return self._share(stream, proof, upstream)
-        if upstream.protocol == "auto":
-            self._h1_only.add(upstream)
-        return self._keep_h1(stream, proof, upstream)
-
-    def close(self) -> None:
-        for kept in self._idle.values():
-            for connection in kept:
-                connection.close()
-        self._idle.clear()
-        for shared in self._shared.values():
-            for multiplexed in shared:
-                multiplexed.h2.close_when_idle()
-        self._shared.clear()
-
-    def _take(self, upstream: Upstream) -> UpstreamStream | None:
-        for connection in self._shared.get(upstream, ()):
-            if connection.h2.accepting:
-                if self._still_proven(connection.proof, upstream):
-                    return connection.h2.open()
-                connection.h2.close_when_idle()
-            elif not connection.h2.claimed:
-                connection.h2.close_when_idle()  # it carries nothing, and takes nothing either
-        kept = self._idle.get(upstream)
-        while kept:
-            candidate = kept.pop()
-            if not candidate.stale() and self._still_proven(candidate.proof, upstream):
-                candidate.renew()
-                return candidate
-            candidate.close()
-        return None
-
-    def _still_proven(self, proof: _Proof | None, upstream: Upstream) -> bool:
-        if proof is None:
-            return True
-        credentials = self._credentials()
-        if credentials is None or time.time() >= proof.peer.not_after:
-            return False
-        if credentials.generation != proof.generation:
-            try:
-                credentials.judge(proof.facts, upstream.allowed)
-            except PeerRejected:
-                return False
-            proof.generation = credentials.generation
-        return True
-
-    async def _connect(self, upstream: Upstream) -> tuple[Stream, _Proof | None]:
+    async def _obtained(self, pool: Pool, *, fresh: bool) -> UpstreamStream:
+        stream = await pool.place(fresh=fresh)
+        if stream is not None:
+            return stream
         try:
-            with trio.fail_after(self.settings.connect_timeout):
-                sock = await self._network.connect(upstream.address)
-        except trio.TooSlowError as error:
-            raise NotSent("no connection in time", code="upstream_connect_timeout", status=504) from error
-        except ConnectionRefusedError as error:
-            fault = PlaintextOnly if upstream.tls else NotSent
-            raise fault(str(error), code="upstream_refused") from error
-        except socket.gaierror as error:
-            raise NotSent(str(error), code="upstream_unresolved") from error
-        except OSError as error:
-            raise NotSent(str(error)) from error
-        if not upstream.tls:
-            return Stream(sock), None
-        return await self._secured(sock, upstream)
-
-    async def _secured(self, sock: socket.socket, upstream: Upstream) -> tuple[Stream, _Proof]:
-        credentials = self._credentials()
-        if credentials is None:
-            sock.close()
-            raise OurFault("no identity in force", code="identity_missing")
-        alpn = {"auto": ("h2", "http/1.1"), "h2": ("h2",), "h1": ("http/1.1",)}[upstream.protocol]
-        try:
-            with trio.fail_after(self.settings.handshake_timeout):
-                stream = await tls.connect(
-                    sock,
-                    credentials.client_context(alpn),
-                    lambda facts: credentials.judge(facts, upstream.allowed),
-                    upstream.server_name,
-                )
-        except trio.TooSlowError as error:
-            raise NotSent("no handshake in time", code="upstream_handshake_timeout", status=504) from error
-        return stream, _Proof(stream, credentials.generation)
-
-    def _keep_h1(self, stream: Stream, proof: _Proof | None, upstream: Upstream) -> _Kept:
-        if upstream.protocol == "h2" and isinstance(stream, tls.TlsStream):
-            stream.close()
-            raise NotSent("the upstream does not speak HTTP/2", code="upstream_protocol")
-        return _Kept(stream, proof, self.settings, lambda kept: self._give_back(kept, upstream))
-
-    def _give_back(self, kept: _Kept, upstream: Upstream) -> None:
-        idle = self._idle.setdefault(upstream, [])
-        if self._nursery is None or len(idle) >= self.settings.max_idle:
-            kept.close()
-        else:
-            kept.idle_since = trio.current_time()
-            idle.append(kept)
-
-    def _share(self, stream: Stream, proof: _Proof | None, upstream: Upstream) -> UpstreamStream:
-        if self._nursery is None:
-            stream.close()
-            raise OurFault("the pool is not running", code="draining")
-        h2 = H2Connection(
-            stream,
-            max_header_bytes=self.settings.max_header_bytes,
-            max_header_fields=self.settings.max_header_fields,
-            peer=proof.peer if proof else None,
-        )
-        shared = _Shared(h2, proof)
-        self._shared.setdefault(upstream, []).append(shared)
-        self._nursery.start_soon(self._carry, shared, upstream)
-        return shared.h2.open()
-
-    async def _carry(self, shared: _Shared, upstream: Upstream) -> None:
-        try:
-            await shared.h2.run()
+            made = await self._connector.connect(pool.upstream, pool.endpoints, self.settings)
+            return self._opened(made, pool)
         finally:
-            connections = self._shared.get(upstream, [])
-            if shared in connections:
-                connections.remove(shared)
-                if not connections:
-                    del self._shared[upstream]
+            pool.leave()
 
-    def _reap(self) -> None:
-        """Close what nobody has used for `idle_timeout`, or what the other side has closed."""
-        oldest = trio.current_time() - self.settings.idle_timeout
-        for upstream, kept in list(self._idle.items()):
-            alive = [connection for connection in kept if connection.idle_since > oldest and not connection.stale()]
-            for connection in kept:
-                if connection not in alive:
-                    connection.close()
-            if alive:
-                self._idle[upstream] = alive
-            else:
-                del self._idle[upstream]
-        self._h1_only &= self._idle.keys()
-        for shared in self._shared.values():
-            for multiplexed in shared:
-                if multiplexed.h2.idle_since < oldest:
-                    multiplexed.h2.close_when_idle()
+    def _opened(self, made: Made, pool: Pool) -> UpstreamStream:
+        protocol = pool.upstream.protocol
+        if _speaks_h2(made.stream, pool.upstream):
+            pool.h1_only = False
+            return self._shared(made, pool)
+        if protocol == "h2":
+            made.stream.close()
+            raise NotSent("the upstream does not speak HTTP/2", code="upstream_protocol")
+        pool.h1_only = True
+        return pool.keep(made)
 
+    def _shared(self, made: Made, pool: Pool) -> UpstreamStream:
+        if self._nursery is None:
+            made.stream.close()
+            raise OurFault("the pool is not running", code="draining")
+        connection = pool.share(made)
+        self._nursery.start_soon(_carry, connection, pool)
+        return connection.open()
 
-class _Pending:
-    """A connection that is being made, and that others wait for."""
+    # ── looking after them ──────────────────────────────────────────────────────────────────────────────────────
 
-    __slots__ = ("fault", "over")
+    def _look(self, *, thoroughly: bool) -> None:
+        self.now = now = trio.current_time()
+        for upstream, pool in list(self._pools.items()):
+            pool.look(thoroughly=thoroughly)
+            if pool.unused and now - pool.used_at > _FORGET_AFTER:
+                del self._pools[upstream]
+        for endpoints in self._targets.values():
+            for endpoint in endpoints.returned(now):
+                self._log("upstream.returned", target=str(endpoints.target), address=str(endpoint.address))
+        if thoroughly:
+            in_use = {upstream.address for upstream in self._pools}
+            self._targets = {target: known for target, known in self._targets.items() if target in in_use}
+            self._connector.resolver.forget(in_use)
 
-    def __init__(self) -> None:
-        self.over = trio.Event()
-        self.fault: SidecarError | None = None
+    def _resolve_again(self, nursery: trio.Nursery) -> None:
+        for target, endpoints in self._targets.items():
+            if not is_literal(target.host) and any(
+                len(pool) for pool in self._pools.values() if pool.endpoints is endpoints
+            ):
+                nursery.start_soon(self._follow, endpoints)
 
+    async def _follow(self, endpoints: Endpoints) -> None:
+        """Retire what leads to where the name does not lead any more."""
+        with trio.move_on_after(_RESOLVE_TIMEOUT):
+            try:
+                endpoints.update(await self._connector.resolver.resolve(endpoints.target, anew=True))
+            except OSError:
+                return
+            self._retire(endpoints, lambda address: not endpoints.holds(address))
 
-class _Proof:
-    """What a connection proved, and under which generation of our trust that was last judged."""
-
-    __slots__ = ("facts", "generation", "peer")
-
-    def __init__(self, stream: tls.TlsStream, generation: int) -> None:
-        self.facts = stream.facts
-        self.peer = stream.peer
-        self.generation = generation
-
-
-class _Kept(H1Connection):
-    """An h1 connection that goes back to the pool when its exchange ends in order."""
-
-    __slots__ = ("_give_back", "proof")
-
-    def __init__(
-        self, stream: Stream, proof: _Proof | None, settings: ClientSettings, give_back: Callable[[_Kept], None]
-    ) -> None:
-        super().__init__(
-            stream,
-            max_header_bytes=settings.max_header_bytes,
-            max_header_fields=settings.max_header_fields,
-            opened_at=trio.current_time(),
-        )
-        self.proof = proof
-        self._give_back = give_back
-
-    @property
-    def peer(self) -> Workload | None:
-        return None if self.proof is None else self.proof.peer
-
-    def release(self) -> None:
-        if self.reusable:
-            self._give_back(self)
-        elif self.untouched or self.finished:
-            self.close()
-        else:
-            self.abort()
+    def _retire(self, endpoints: Endpoints, leads: Callable[[Address], bool]) -> None:
+        for pool in self._pools.values():
+            if pool.endpoints is endpoints:
+                pool.retire(lambda connection: leads(connection.endpoint.address))
 
 
-class _Shared:
-    __slots__ = ("h2", "proof")
-
-    def __init__(self, h2: H2Connection, proof: _Proof | None) -> None:
-        self.h2 = h2
-        self.proof = proof
+async def _carry(connection: SharedConnection, pool: Pool) -> None:
+    try:
+        await connection.run()
+    finally:
+        pool.ended(connection)
 
 
 def _speaks_h2(stream: Stream, upstream: Upstream) -> bool:

@@ -14,8 +14,7 @@
 from __future__ import annotations
 
 import re
-import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from http import HTTPStatus
 
 import httptools
@@ -34,7 +33,6 @@ _CHUNK = re.compile(
 _REQUEST_LINE = re.compile(rb"[^ ]+ [^ ]+ HTTP/1\.[01]\r\n")
 _DIGITS = re.compile(rb"[0-9]{1,18}")
 _UPGRADE = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+(?:/[!#$%&'*+\-.^_`|~0-9A-Za-z]+)?")
-_METHOD = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,32}")
 
 MAX_CHUNK_LINE_BYTES = 1024
 
@@ -45,19 +43,40 @@ Framing = int
 
 
 class _Head:
-    """Collects what the tokenizer calls back with."""
+    """Collects what the tokenizer calls back with. `noted`: the values of what a connection is run by, under their names."""
 
-    __slots__ = ("fields", "target")
+    __slots__ = ("fields", "noted", "target")
 
     def __init__(self) -> None:
         self.target = b""
         self.fields: list[tuple[bytes, bytes]] = []
+        self.noted: dict[bytes, list[bytes]] = {}
 
     def on_url(self, url: bytes) -> None:
         self.target += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self.fields.append((name.lower(), value.rstrip(b" \t")))
+        name, value = name.lower(), value.rstrip(b" \t")
+        if name in _NOTED:
+            self.noted.setdefault(name, []).append(value)
+            if name == b"host":  # it is the authority of the head, and no field of it
+                return
+        self.fields.append((name, value))
+
+    def keeps(self, modern: bool) -> bool:
+        """Whether the sender means to keep the connection (RFC 9112 §9.3)."""
+        if b"connection" not in self.noted:
+            return modern
+        options = self.options()
+        return b"close" not in options and (modern or b"keep-alive" in options)
+
+    def options(self) -> Sequence[bytes]:
+        """What `Connection` lists, in lower case."""
+        values = self.noted.get(b"connection")
+        return [option.strip() for option in b",".join(values).lower().split(b",")] if values else ()
+
+
+_NOTED = frozenset({b"host", b"content-length", b"transfer-encoding", b"connection", b"upgrade", b"expect"})
 
 
 def head_end(buffer: bytearray, searched: int, max_header_bytes: int) -> int:
@@ -79,16 +98,41 @@ def could_begin_request(buffer: bytearray) -> bool:
     return _FORBIDDEN_START.search(buffer, 0, 64 if end < 0 else end) is None
 
 
+def is_no_request_line(raw: bytes) -> bool:
+    """Whether the first line ends in a word that is no version of anything (RFC 9112 §2.3): who says that does not speak HTTP,
+    and would not understand it. A bad preface of HTTP/2 is of this kind, and wants the connection closed (RFC 9113 §3.4).
+    """
+    words = raw[: raw.find(b"\r\n")].split(b" ")
+    return len(words) == 3 and b"/" not in words[2] and words[2][:4].upper() != b"HTTP"
+
+
 _FORBIDDEN_START = re.compile(rb"^[^!#$%&'*+\-.^_`|~0-9A-Za-z\r\n]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\xff]")
 
 
+def request_line_fits(raw: bytes | bytearray, max_request_line_bytes: int) -> None:
+    """Raise `ClientFault` 414 where the first line, as far as it has come, is longer than that (RFC 9110 §15.5.15)."""
+    if len(raw) > max_request_line_bytes and raw.find(b"\r\n", 0, max_request_line_bytes + 2) < 0:
+        raise ClientFault(code="request_line_too_long", public="the request line is too long", status=414)
+
+
 def request_head(
-    raw: bytes, *, scheme: str, max_header_fields: int, allow_encoded_slash: bool = False
+    raw: bytes,
+    *,
+    scheme: str,
+    max_header_fields: int,
+    max_request_line_bytes: int = 8192,
+    allow_encoded_slash: bool = False,
 ) -> tuple[RequestHead, Framing, bool]:
     """Parse one whole request head, up to and with its empty line.
 
     Returns it, how its body is framed, and whether the client means to keep the connection. Raises `ClientFault`.
+
+    `upgrade` of the head is what `Upgrade` offers where `Connection` names it, and None where a server may ignore the
+    offer and we do (RFC 9110 §7.8): in HTTP/1.0, where it lists more than one protocol, and where a body is announced,
+    which would have to come first and would be sent to the one server that may not want it.
     """
+    if len(raw) > max_request_line_bytes:
+        request_line_fits(raw, max_request_line_bytes)
     if raw.count(b"\n") - 2 > max_header_fields:
         raise ClientFault(code="head_too_many_fields", public="there are too many header fields", status=431)
     if _FORBIDDEN.search(raw):
@@ -119,54 +163,36 @@ def _request(
     scheme: str,
     allow_encoded_slash: bool,
 ) -> tuple[RequestHead, Framing, bool]:
-    hosts: list[bytes] = []
-    lengths: list[bytes] = []
-    codings: list[bytes] = []
-    upgrades: list[bytes] = []
-    connection = b""
-    expects_continue = False
-    fields: list[tuple[bytes, bytes]] = []
-    for field in head.fields:
-        name, value = field
-        if name == b"host":
-            hosts.append(value)
-            continue
-        if name in _FRAMING:
-            if name == b"content-length":
-                lengths.append(value)
-            elif name == b"transfer-encoding":
-                codings.append(value)
-            elif name == b"connection":
-                connection += b"," + value.lower()
-            elif name == b"upgrade":
-                upgrades.append(value)
-            elif name == b"expect":
-                if value.lower() != b"100-continue":
-                    raise ClientFault(code="expectation_failed", public="this expectation cannot be met", status=417)
-                expects_continue = modern
-        fields.append(field)
-    framing = _request_framing(lengths, codings, modern)
+    noted, fields = head.noted, head.fields
+    framing = _request_framing(noted.get(b"content-length"), noted.get(b"transfer-encoding"), modern)
+    expectations = noted.get(b"expect", ())
+    for expected in expectations:
+        if expected.lower() != b"100-continue":
+            raise ClientFault(code="expectation_failed", public="this expectation cannot be met", status=417)
+    if expectations and not modern:  # who speaks 1.0 does not wait for a 100 (RFC 9110 §10.1.1)
+        fields = [field for field in fields if field[0] != b"expect"]
     form, authority, where = target.request_target(method, head.target, allow_encoded_slash=allow_encoded_slash)
     if form is not None and form != scheme and method != "CONNECT":
         # An absolute target names the scheme: https for what came in plaintext (or the reverse) has two meanings.
         raise ClientFault(code="scheme_mismatch", public="the scheme of the target is not that of the connection")
-    host, port = _authority(hosts, authority, modern)
-    options = [option.strip() for option in connection.split(b",")] if connection else ()
-    wanted = upgrades[0].decode("latin-1") if upgrades and modern and b"upgrade" in options else None
-    if wanted is not None and (len(upgrades) > 1 or not _UPGRADE.fullmatch(wanted)):
-        wanted = None  # a list is an offer that may be declined: it is, by not being passed on
-    keep = b"close" not in options and (modern or b"keep-alive" in options)
+    host, port = _authority(noted.get(b"host", ()), authority, modern)
+    upgrade = _upgrade(noted[b"upgrade"], head.options()) if b"upgrade" in noted and modern and not framing else None
     parsed = RequestHead(
         method=method, target=where, host=host, port=port, fields=fields, protocol="HTTP/1.1" if modern else "HTTP/1.0",
-        upgrade=wanted, expects_continue=expects_continue,
+        upgrade=upgrade, expects_continue=bool(expectations) and modern,
     )  # fmt: skip
-    return parsed, framing, keep
+    # What stands behind a CONNECT is meant for a tunnel, and there will be none.
+    return parsed, framing, parsed.method != "CONNECT" and head.keeps(modern)
 
 
-_FRAMING = frozenset({b"content-length", b"transfer-encoding", b"connection", b"upgrade", b"expect"})
+def _upgrade(offers: list[bytes], options: Sequence[bytes]) -> str | None:
+    if len(offers) > 1 or b"upgrade" not in options:
+        return None
+    offer = offers[0].decode("latin-1")
+    return offer if _UPGRADE.fullmatch(offer) else None
 
 
-def _authority(hosts: list[bytes], absolute: bytes | None, modern: bool) -> tuple[str, int | None]:
+def _authority(hosts: Sequence[bytes], absolute: bytes | None, modern: bool) -> tuple[str, int | None]:
     if len(hosts) > 1:
         raise ClientFault(code="host_repeated", public="there is more than one Host")
     if not hosts:
@@ -179,7 +205,7 @@ def _authority(hosts: list[bytes], absolute: bytes | None, modern: bool) -> tupl
     return named
 
 
-def _request_framing(lengths: list[bytes], codings: list[bytes], modern: bool) -> Framing:
+def _request_framing(lengths: list[bytes] | None, codings: list[bytes] | None, modern: bool) -> Framing:
     if not codings:
         return _length(lengths) if lengths else 0
     if lengths:
@@ -218,25 +244,18 @@ def response_head(raw: bytes, *, method: str, max_header_fields: int) -> tuple[R
     modern = parser.get_http_version() == "1.1"
     if not modern and parser.get_http_version() != "1.0":
         raise MaybeSent("neither HTTP/1.1 nor HTTP/1.0", code="upstream_malformed")
+    if raw[:5] != b"HTTP/":  # the tokenizer passes over empty lines in front, which only a request may have
+        raise MaybeSent("the answer does not begin with its status line", code="upstream_malformed")
     status = parser.get_status_code()
-    lengths: list[bytes] = []
-    codings: list[bytes] = []
-    connection = b""
-    for name, value in collected.fields:
-        if name in _FRAMING:
-            if name == b"content-length":
-                lengths.append(value)
-            elif name == b"transfer-encoding":
-                codings.append(value)
-            elif name == b"connection":
-                connection += b"," + value.lower()
-    options = [option.strip() for option in connection.split(b",")] if connection else ()
-    keep = b"close" not in options and (modern or b"keep-alive" in options)
-    framing = _response_framing(method, status, lengths, codings)
-    return ResponseHead(status=status, fields=collected.fields), framing, keep and framing != UNTIL_CLOSE
+    noted = collected.noted
+    if not modern and b"transfer-encoding" in noted:  # RFC 9112 §6.1
+        raise MaybeSent("HTTP/1.0 has no Transfer-Encoding", code="upstream_malformed")
+    framing = _response_framing(method, status, noted.get(b"content-length"), noted.get(b"transfer-encoding"))
+    head = ResponseHead(status=status, fields=collected.fields)
+    return head, framing, framing != UNTIL_CLOSE and collected.keeps(modern)
 
 
-def _response_framing(method: str, status: int, lengths: list[bytes], codings: list[bytes]) -> Framing:
+def _response_framing(method: str, status: int, lengths: list[bytes] | None, codings: list[bytes] | None) -> Framing:
     if lengths and codings:
         raise MaybeSent("both Content-Length and Transfer-Encoding", code="upstream_malformed")
     try:
@@ -400,16 +419,3 @@ def encode_chunk(data: bytes) -> bytes:
 
 def encode_trailers(fields: Fields) -> bytes:
     return b"".join([b"0\r\n", *(b"%b: %b\r\n" % field for field in fields), b"\r\n"])
-
-
-def http_date(now: float) -> bytes:
-    """IMF-fixdate (RFC 9110 §5.6.7), independent of the locale."""
-    parts = time.gmtime(now)
-    return (
-        f"{_DAYS[parts.tm_wday]}, {parts.tm_mday:02} {_MONTHS[parts.tm_mon - 1]} {parts.tm_year} "
-        f"{parts.tm_hour:02}:{parts.tm_min:02}:{parts.tm_sec:02} GMT"
-    ).encode()
-
-
-_DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
-_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")

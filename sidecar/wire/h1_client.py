@@ -1,4 +1,8 @@
-"""The client's side of an HTTP/1.1 connection: one request, its answer, then the next."""
+"""The client's side of an HTTP/1.1 connection: one request, its answer, then the next, or a tunnel.
+
+An upstream may only switch to the protocol that it was asked for, and has to name it (RFC 9110 §15.2.2). A WebSocket that
+comes without a key, from HTTP/2, gets one here, and the upstream's proof that it has read it ends here too.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from sidecar.errors import ClientFault, MaybeSent, NoAnswer
 from sidecar.model import Body, ByteStream, Fields, RequestHead, ResponseHead
 from sidecar.wire import h1
 from sidecar.wire.h1_body import Incoming, Outgoing
-from sidecar.wire.h1_server import Buffered
+from sidecar.wire.h1_tunnel import ACCEPT, KEY, Tunnel, accept_of, is_websocket, made_key
 from sidecar.wire.network import Stream
 
 _GONE = (trio.BrokenResourceError, trio.ClosedResourceError)
@@ -18,8 +22,8 @@ class H1Connection:
     """A connection that carries one exchange at a time. `reusable` once the last one left it in order."""
 
     __slots__ = (
-        "_buffer", "_head", "_keep", "_max_bytes", "_max_fields", "_sent", "_switched", "body", "exchanges", "idle_since",
-        "opened_at", "stream",
+        "_buffer", "_head", "_heard", "_keep", "_key", "_max_bytes", "_max_fields", "_sent", "_tunnelled", "body", "exchanges",
+        "idle_since", "opened_at", "stream",
     )  # fmt: skip
 
     def __init__(self, stream: Stream, *, max_header_bytes: int, max_header_fields: int, opened_at: float) -> None:
@@ -37,7 +41,10 @@ class H1Connection:
         self._head: RequestHead | None = None
         self._sent = False
         self._keep = False
-        self._switched = False
+        self._heard = False
+        self._key: bytes | None = None
+        self._tunnelled = False
+        """Whether there was a tunnel, and our side of it has ended in order."""
         self.body = Incoming(self.stream, self._buffer, h1.UNTIL_CLOSE)  # no end has come while no head has
 
     @property
@@ -55,8 +62,8 @@ class H1Connection:
 
     @property
     def finished(self) -> bool:
-        """Whether both messages are whole, or the stream was handed over to a tunnel that has ended."""
-        return (self._sent and self.body.ended) or self._switched
+        """Whether both messages are whole, or all was sent that went through a tunnel."""
+        return (self._sent and self.body.ended) or self._tunnelled
 
     def stale(self) -> bool:
         return self.stream.closed or self.stream.readable_now()
@@ -70,6 +77,9 @@ class H1Connection:
         self._head = head
         length = body.length
         framing = h1.CHUNKED if length is None else length
+        if head.upgrade is not None and is_websocket(head.upgrade) and all(name != KEY for name, _ in fields):
+            self._key = made_key()
+            fields = [*fields, (KEY, self._key)]
         try:
             await Outgoing(self.stream).send(h1.encode_request(head, fields, framing), body, framing)
         except _GONE as error:
@@ -82,17 +92,27 @@ class H1Connection:
         if self._head is None:
             raise MaybeSent("answered before it was asked", code="upstream_malformed")
         head, framing, keep = h1.response_head(raw, method=self._head.method, max_header_fields=self._max_fields)
+        self._heard = True
         if head.status == 101:
-            if self._head.upgrade is None:
-                raise MaybeSent("switched protocols without being asked", code="upstream_malformed")
-            self._switched = True
-        elif head.status >= 200:
+            return self._switched(head, self._head.upgrade)
+        if head.status >= 200:
             self._keep = keep
             self.body = Incoming(
                 self.stream, self._buffer, framing,
                 max_header_bytes=self._max_bytes, max_header_fields=self._max_fields,
             )  # fmt: skip
         return head
+
+    def _switched(self, head: ResponseHead, asked: str | None) -> ResponseHead:
+        if asked is None:
+            raise MaybeSent("switched protocols without being asked", code="upstream_malformed")
+        if [value.lower() for name, value in head.fields if name == b"upgrade"] != [asked.lower().encode("latin-1")]:
+            raise MaybeSent("switched to another protocol than the one asked for", code="upgrade_malformed")
+        if self._key is None:
+            return head
+        if [value for name, value in head.fields if name == ACCEPT] != [accept_of(self._key)]:
+            raise MaybeSent("the WebSocket was accepted without its key", code="upgrade_malformed")
+        return ResponseHead(status=101, fields=[field for field in head.fields if field[0] != ACCEPT])
 
     async def _raw_head(self) -> bytes:
         searched = 0
@@ -110,15 +130,22 @@ class H1Connection:
             try:
                 data = await self.stream.receive_some()
             except _GONE as error:
-                raise NoAnswer(str(error)) if not buffer else MaybeSent(str(error)) from error
+                raise self._cut(str(error)) from error
             if not data:
-                raise NoAnswer("ended without an answer") if not buffer else MaybeSent("ended in the middle of a head")
+                raise self._cut("ended in the middle of a head" if buffer else "ended without an answer")
             buffer += data
 
+    def _cut(self, reason: str) -> MaybeSent:
+        """An interim answer is one too: whoever gave it was there, and had the request."""
+        return MaybeSent(reason) if self._buffer or self._heard else NoAnswer(reason)
+
     def tunnel(self) -> ByteStream:
-        """The stream behind a 101, or behind a 2xx to CONNECT."""
+        """The stream behind a 101."""
         self._keep = False
-        return Buffered(self.stream, self._buffer)
+        return Tunnel(self.stream, self._buffer, self._tunnel_ended)
+
+    def _tunnel_ended(self) -> None:
+        self._tunnelled = True
 
     def close(self) -> None:
         self.stream.close()

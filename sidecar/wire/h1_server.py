@@ -2,6 +2,13 @@
 
 A request that cannot be understood is answered here, since there is no exchange for it: fixed text, then the end of the connection,
 because after a doubt nothing behind it can be trusted to be a request.
+
+A drain ends nothing at once: a request may be on its way on a connection that looks idle, and a client whose connection is
+closed under it cannot know whether it was acted on (RFC 9112 §9.6). So an idle connection stays for `drain_idle_timeout`; a
+request that comes is served, and told `Connection: close`.
+
+While an answer is made nobody reads from the client, since what is there may be the next request. `answering` is there for
+whoever can tell that the client has gone all the same (`wire.hangups`).
 """
 
 from __future__ import annotations
@@ -26,6 +33,7 @@ from sidecar.model import (
 )
 from sidecar.wire import answers, h1
 from sidecar.wire.h1_body import Incoming, Outgoing
+from sidecar.wire.h1_tunnel import Tunnel, accepted
 from sidecar.wire.network import Stream
 
 Handle = Callable[[Connection, Request, Reply], Awaitable[None]]
@@ -41,10 +49,14 @@ class Limits:
 
     max_header_bytes: int = 60 * 1024
     max_header_fields: int = 100
+    max_request_line_bytes: int = 8192
     max_streams: int = 100
     header_timeout: float = 10.0
     idle_timeout: float = 3600.0
+    keepalive_timeout: float = 60.0
+    """A connection that has been quiet for so long is asked whether its peer is still there."""
     linger_timeout: float = 1.0
+    drain_idle_timeout: float = 5.0
     allow_encoded_slash: bool = False
 
 
@@ -60,6 +72,15 @@ class Wait(Protocol):
     def cancel(self) -> None: ...
 
 
+class Answering(Protocol):
+    gone: bool
+    """Whether the client is known to have gone."""
+    started: bool
+
+    @property
+    def bytes_sent(self) -> int: ...
+
+
 class Served:
     """What a connection's protocol driver needs of the server around it, and tells it.
 
@@ -67,8 +88,8 @@ class Served:
     """
 
     __slots__ = (
-        "connection", "draining", "evicted", "exchanges", "fresh", "handle", "idle", "limits", "on_drain", "reason",
-        "waiting", "waiting_until",
+        "answering", "connection", "draining", "evicted", "exchanges", "fresh", "handle", "idle", "limits", "on_drain", "on_look",
+        "reason", "waiting", "waiting_until",
     )  # fmt: skip
 
     def __init__(
@@ -80,12 +101,16 @@ class Served:
         self.fresh = fresh
         """Raises nothing: whether the peer would still be accepted, were it to connect now."""
         self.draining = draining
+        self.answering: Answering | None = None
+        """The way back of the one exchange of an h1 connection, while there is one."""
         self.idle: Wait | None = None
         self.waiting: Wait | None = None
         """What to end at `waiting_until`, where the driver leaves that to the server's look-out."""
         self.waiting_until = 0.0
         self.on_drain: Callable[[], None] | None = None
-        """Told of a drain while `idle` is not set, where the driver has something to say to its peer then (GOAWAY)."""
+        """Told of a drain, where the driver has something to say to its peer then (GOAWAY)."""
+        self.on_look: Callable[[float], None] | None = None
+        """Told of each look of the server, with the time."""
         self.exchanges = 0
         self.reason: str | None = None
         self.evicted = False
@@ -95,14 +120,16 @@ class Served:
         """End a wait whose time is up. Called now and then by the server, on the run's clock."""
         if self.waiting is not None and self.waiting_until <= now:
             self.waiting.cancel()
+        if self.on_look is not None:
+            self.on_look(now)
 
     def drain(self) -> None:
         """Finish what is open and take nothing new."""
         self.draining = True
-        if self.idle is not None:
-            self.idle.cancel()
-        elif self.on_drain is not None:
+        if self.on_drain is not None:
             self.on_drain()
+        elif self.idle is not None:
+            self.waiting_until = min(self.waiting_until, trio.current_time() + self.limits.drain_idle_timeout)
 
 
 async def serve(stream: Stream, buffer: bytearray, served: Served) -> None:
@@ -117,20 +144,26 @@ async def serve(stream: Stream, buffer: bytearray, served: Served) -> None:
                 raw,
                 scheme="https" if served.connection.tls else "http",
                 max_header_fields=served.limits.max_header_fields,
+                max_request_line_bytes=served.limits.max_request_line_bytes,
                 allow_encoded_slash=served.limits.allow_encoded_slash,
             )
             if not served.fresh():
                 raise NoLongerTrusted
         except ClientFault as fault:
-            await _refuse(stream, served, fault)
+            if not served.exchanges and h1.is_no_request_line(raw):
+                served.reason = fault.code
+                await stream.close_gently(served.limits.linger_timeout)
+            else:
+                await _refuse(stream, served, fault, raw)
             return
         body = Incoming(
             stream, buffer, framing,
             max_header_bytes=served.limits.max_header_bytes, max_header_fields=served.limits.max_header_fields,
         )  # fmt: skip
-        reply = _Reply(stream, buffer, head, body, served, keep=keep)
+        reply = served.answering = _Reply(stream, buffer, head, body, served, keep=keep)
         served.exchanges += 1
         await served.handle(served.connection, Request(head=head, body=body), reply)
+        served.answering = None
         if not reply.complete:
             # The answer was cut short, or there is none: a reset says so, a clean end would not.
             served.reason = served.reason or "exchange_aborted"
@@ -173,6 +206,7 @@ async def _read_head(stream: Stream, buffer: bytearray, served: Served, patience
                 return raw
             if not h1.could_begin_request(buffer):
                 raise ClientFault(code="head_malformed")
+            h1.request_line_fits(buffer, limits.max_request_line_bytes)
             if served.idle is not None:  # empty lines begin a head too, and do not begin it again and again
                 served.waiting_until = trio.current_time() + limits.header_timeout
                 served.idle = None
@@ -194,9 +228,9 @@ async def _next_head(stream: Stream, buffer: bytearray, served: Served, patience
         served.waiting_until = began + limits.header_timeout
     else:
         served.waiting_until = began + limits.idle_timeout
-        served.idle = patience
         if served.draining:
-            patience.cancel()
+            served.waiting_until = min(served.waiting_until, began + limits.drain_idle_timeout)
+        served.idle = patience
     try:
         raw = await _read_head(stream, buffer, served, patience)
         if raw is not None:
@@ -225,13 +259,18 @@ async def _next_head(stream: Stream, buffer: bytearray, served: Served, patience
     return None
 
 
-async def _refuse(stream: Stream, served: Served, fault: ClientFault) -> None:
+async def _refuse(stream: Stream, served: Served, fault: ClientFault, raw: bytes = b"") -> None:
+    """`raw`: the head that is refused, as far as it is there. An answer to HEAD has no body, whatever else is wrong with it."""
     served.reason = fault.code
     response = answers.fault(fault)
-    head = h1.encode_response(response.head, response.body.length or 0, bodiless=False, close=True)
+    bodiless = raw.startswith(b"HEAD ")
+    head = h1.encode_response(response.head, response.body.length or 0, bodiless=bodiless, close=True)
     try:
         with trio.move_on_after(served.limits.linger_timeout):
-            await Outgoing(stream).send(head, response.body, response.body.length or 0)
+            if bodiless:
+                await stream.send_all(head)
+            else:
+                await Outgoing(stream).send(head, response.body, response.body.length or 0)
     except _GONE:
         pass
     await stream.close_gently(served.limits.linger_timeout)
@@ -253,7 +292,7 @@ async def _body_finished(body: Incoming, served: Served) -> bool:
 class _Reply:
     """`model.Reply` to one request."""
 
-    __slots__ = ("_body", "_buffer", "_head", "_out", "_served", "_stream", "complete", "keep", "started")
+    __slots__ = ("_body", "_buffer", "_head", "_out", "_served", "_stream", "complete", "gone", "keep", "started")
 
     def __init__(
         self, stream: Stream, buffer: bytearray, head: RequestHead, body: Incoming, served: Served, *, keep: bool
@@ -267,6 +306,8 @@ class _Reply:
         self.keep = keep
         self.started = False
         self.complete = False
+        """Whether the answer is whole, or all has been said that came through a tunnel."""
+        self.gone = False
 
     @property
     def bytes_sent(self) -> int:
@@ -285,6 +326,8 @@ class _Reply:
         self.started = True
         self.keep = self.keep and not self._served.draining and self._served.fresh() and self._can_finish_body()
         status = response.head.status
+        if status == 408:  # whoever was too slow is not waited for again (RFC 9110 §15.5.9)
+            self.keep = False
         bodiless = self._head.method == "HEAD" or status in (204, 304)
         length = response.body.length
         framing = 0 if bodiless else h1.CHUNKED if length is None else length
@@ -301,48 +344,24 @@ class _Reply:
         self.complete = True
 
     async def tunnel(self, head: ResponseHead) -> ByteStream:
+        upgrade = self._head.upgrade
+        if self.started or upgrade is None or head.status != 101:
+            raise OurFault("a tunnel that was not asked for")
         self.started = True
         self.keep = False
-        raw = (
-            h1.encode_switch(head, self._head.upgrade or "")
-            if head.status == 101
-            else h1.encode_response(head, h1.UNTIL_CLOSE, bodiless=True, close=False)
-        )
+        self._served.answering = None  # from here on the client is read from, and may end its side while we end ours
+        fields = accepted(head.fields, upgrade, self._head.fields)
         try:
-            await self._stream.send_all(raw)
+            await self._stream.send_all(h1.encode_switch(ResponseHead(status=101, fields=fields), upgrade))
         except _GONE as error:
             raise ClientGone(str(error)) from error
+        return Tunnel(self._stream, self._buffer, self._tunnel_ended)
+
+    def _tunnel_ended(self) -> None:
         self.complete = True
-        return Buffered(self._stream, self._buffer)
 
     def _can_finish_body(self) -> bool:
         if self._body.ended:
             return True
         left = self._body.left
         return not self._head.expects_continue and left is not None and left <= _DRAIN_BYTES
-
-
-class Buffered:
-    """A stream some bytes of which have been read already."""
-
-    __slots__ = ("_buffer", "_stream")
-
-    def __init__(self, stream: ByteStream, buffer: bytearray) -> None:
-        self._stream = stream
-        self._buffer = buffer
-
-    async def receive_some(self, max_bytes: int = 65536) -> bytes:
-        if self._buffer:
-            data = bytes(self._buffer[:max_bytes])
-            del self._buffer[: len(data)]
-            return data
-        return await self._stream.receive_some(max_bytes)
-
-    async def send_all(self, data: bytes) -> None:
-        await self._stream.send_all(data)
-
-    async def send_eof(self) -> None:
-        await self._stream.send_eof()
-
-    async def aclose(self) -> None:
-        await self._stream.aclose()

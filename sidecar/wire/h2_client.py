@@ -6,25 +6,25 @@ answer is an error of its stream.
 
 What may be tried again is said by the protocol: a stream that was refused, or that lies above the last one of a GOAWAY,
 has not been acted on (RFC 9113 §8.7), nor has one whose first byte we never wrote: `NotSent`. All else is `MaybeSent`.
+
+A request with `upgrade` is sent as an extended CONNECT (RFC 8441), where the upstream has said that it takes them; a 2xx that
+answers it is told as what HTTP/1.1 would say, 101.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Callable
-from functools import partial
 
 import trio
-from h2.errors import ErrorCodes
-from h2.events import ConnectionTerminated, InformationalResponseReceived, ResponseReceived
-from h2.exceptions import ProtocolError
+from h2.events import ConnectionTerminated, InformationalResponseReceived, RemoteSettingsChanged, ResponseReceived
 
-from sidecar.errors import MaybeSent, NoAnswer, NotSent, OurFault, UpstreamFault
-from sidecar.model import Body, ByteStream, Fields, RequestHead, ResponseHead, Workload
+from sidecar.errors import MaybeSent
+from sidecar.model import Workload
 from sidecar.wire import h2_heads
+from sidecar.wire.h2_exchange import UpstreamExchange
+from sidecar.wire.h2_link import GONE, Link
+from sidecar.wire.h2_liveness import Liveness
 from sidecar.wire.h2_protocol import STREAM_WINDOW, Protocol
-from sidecar.wire.h2_streams import GONE, Channel, Link, Signal
 from sidecar.wire.network import Stream
 from sidecar.wire.tls import TlsStream
 
@@ -34,21 +34,31 @@ _ASSUMED_STREAMS = 100
 """Until the upstream has said how many it allows (RFC 9113 §6.5.2 recommends no fewer)."""
 _WINDOW_BYTES = 2 * _MAX_STREAMS * STREAM_WINDOW
 _LAST_STREAM_ID = 2**31 - 1 - 2 * _MAX_STREAMS
-_MAX_INTERIM = 32
-"""Interim answers that may wait to be taken."""
 _FLUSH_TIMEOUT = 1.0
-_UNOPENED = 0
+_LAST_WORDS_TIMEOUT = 0.1
+"""For a goodbye when we are cancelled: as much as a socket that takes it at once needs."""
+_SETTINGS_TIMEOUT = 5.0
+"""For the upstream to say whether it takes tunnels: its SETTINGS come first of all."""
+_SLOWER = 5
+"""See `Liveness`."""
 
 
 class H2Connection(Link):
     """A connection that carries any number of exchanges. `run` must be running for them to get anywhere."""
 
     def __init__(
-        self, stream: Stream, *, max_header_bytes: int, max_header_fields: int, peer: Workload | None = None
+        self,
+        stream: Stream,
+        *,
+        max_header_bytes: int,
+        max_header_fields: int,
+        keepalive_timeout: float = 60.0,
+        peer: Workload | None = None,
     ) -> None:
         super().__init__(
             stream,
             Protocol(client=True, max_header_bytes=max_header_bytes, max_streams=0, window=_WINDOW_BYTES),
+            Liveness(keepalive_timeout, trio.current_time(), slower=_SLOWER),
             max_header_bytes=max_header_bytes,
             max_header_fields=max_header_fields,
         )
@@ -61,6 +71,9 @@ class H2Connection(Link):
         self.forsaken = False
         """Whether the upstream has said that it takes no more requests here."""
         self._closing = False
+        self._greeted = trio.Event()
+        self._heard_of = 0
+        """Exchanges that had been opened when anything was last heard of the upstream, as of a look."""
         self._idle_since = trio.current_time()
         self._reading = trio.CancelScope()
         self._handlers[ResponseReceived] = self._response_received
@@ -98,6 +111,22 @@ class H2Connection(Link):
         if not self.claimed:
             self.stop()
 
+    async def greeted(self) -> None:
+        """Wait for the upstream's SETTINGS, but not for long."""
+        if not self.protocol.greeted:
+            with trio.move_on_after(_SETTINGS_TIMEOUT):
+                await self._greeted.wait()
+
+    def look(self, now: float) -> None:
+        """As `Link.look`. A connection that carries nothing is not asked: it is closed in time. Unless what it carried last
+        was given up without a word from the upstream, since the next exchange would fare no better.
+        """
+        if self.liveness.heard:
+            self._heard_of = self.exchanges
+        elif not self.channels and self.exchanges == self._heard_of:
+            self.liveness.heard = True
+        super().look(now)
+
     async def run(self) -> None:
         """Carry the connection until it is closed, by either side. Raises nothing but cancellation."""
         reason = "the upstream ended the connection"
@@ -108,7 +137,7 @@ class H2Connection(Link):
                     try:
                         await self.read()
                     except GONE as error:
-                        reason = str(error)
+                        reason = "the upstream gave no sign of life" if self.liveness.dead else str(error)
                         self.broken = True
                 self._over(self.error or reason)
                 with trio.move_on_after(_FLUSH_TIMEOUT):
@@ -117,7 +146,11 @@ class H2Connection(Link):
         except Exception as error:  # noqa: BLE001  (the one catch-all of this connection: a defect ends it, and no other)
             reason = f"{type(error).__name__}: {error}"
         finally:
+            # Of what was cut off a part may have left: then there is no telling where a frame would begin.
+            well = self._resting and not self.over and not self.broken
             self._over(reason)
+            if well:
+                await self._last_words()
             self.stream.close()
 
     def _over(self, reason: str) -> None:
@@ -131,6 +164,15 @@ class H2Connection(Link):
         if self.taken:
             self.protocol.go_away(self.error_code)
             await self.flushed()
+
+    async def _last_words(self) -> None:
+        """Cancelled, tell the upstream that nothing is wrong with it (RFC 9113 §6.8), as far as that goes at once."""
+        self.protocol.go_away()
+        with trio.move_on_after(_LAST_WORDS_TIMEOUT, shield=True):
+            try:
+                await self.stream.send_all(self.protocol.data_to_send())
+            except GONE:
+                pass
 
     def stop(self) -> None:
         self._reading.cancel()
@@ -154,6 +196,10 @@ class H2Connection(Link):
                 channel.refused("the upstream goes away", "upstream_draining")
         if not self.claimed:
             self.stop()
+
+    def _settings_changed(self, event: RemoteSettingsChanged) -> None:
+        super()._settings_changed(event)
+        self._greeted.set()
 
     def _response_received(self, event: ResponseReceived) -> None:
         channel = self.channels.get(event.stream_id)
@@ -184,150 +230,3 @@ class H2Connection(Link):
                 channel.malformed(fault.detail)
             else:
                 channel.interim(head)
-
-
-class _AnsweredEarly(Exception):
-    """The upstream has sent its whole answer and wants no more of the request (RFC 9113 §8.1)."""
-
-
-class UpstreamExchange(Channel):
-    """One request and its answer (`client.UpstreamStream`)."""
-
-    __slots__ = ("_fault", "_heads", "_mark", "_method", "_released", "_signal", "_unanswered", "connection", "reused")
-
-    def __init__(self, connection: H2Connection, *, reused: bool) -> None:
-        super().__init__(connection, _UNOPENED, None)
-        self.connection = connection
-        self.reused = reused
-        self._method = ""
-        self._heads: deque[ResponseHead] = deque()
-        self._signal = Signal()
-        self._fault: Callable[[], UpstreamFault] | None = None
-        self._unanswered = True
-        self._mark = 0
-        self._released = False
-
-    @property
-    def peer(self) -> Workload | None:
-        return self.connection.peer
-
-    # ── the request ─────────────────────────────────────────────────────────────────────────────────────────────
-
-    async def send(self, head: RequestHead, fields: Fields, body: Body) -> None:
-        """Send the request and pull its body to the end, or to where the upstream has answered without wanting it all.
-
-        Raises `NotSent` or `MaybeSent`, and lets what `body.receive` raises pass.
-        """
-        if head.method == "CONNECT":
-            raise self._failed(NotSent, "no CONNECT over HTTP/2", "upstream_protocol")
-        self._method = head.method
-        try:
-            await self.transmit(h2_heads.encode_request(head, fields, body.length, tls=self.connection.tls), body)
-        except _AnsweredEarly:
-            pass
-
-    def begin(self, fields: list[tuple[bytes, bytes]], *, end: bool) -> None:
-        connection = self.connection
-        protocol = connection.protocol
-        self.check()
-        if connection.over or connection.broken or protocol.over:
-            raise self._failed(NotSent, "the connection has ended", "upstream_ended")
-        if connection.forsaken:
-            raise self._failed(NotSent, "the upstream goes away", "upstream_draining")
-        try:
-            stream_id = protocol.get_next_available_stream_id()
-            mark = connection.taken + protocol.pending
-            protocol.send_headers(stream_id, fields, end_stream=end)
-        except ProtocolError as error:  # no id is left, or the upstream allows fewer streams than it did
-            raise self._failed(NotSent, str(error), "upstream_streams_exhausted") from error
-        self.id = stream_id
-        self._mark = mark
-        self.ended = end
-        connection.channels[stream_id] = self
-        connection.ring()
-
-    def check(self) -> None:
-        if self._fault is not None:
-            if self.body.complete:
-                raise _AnsweredEarly
-            raise self._fault()
-
-    # ── the answer ──────────────────────────────────────────────────────────────────────────────────────────────
-
-    async def receive(self) -> ResponseHead:
-        """Return the next head: any number of 1xx, then the final one. Raises `NotSent` or `MaybeSent`."""
-        while not self._heads:
-            if self._fault is not None:
-                raise self._fault()
-            await self._signal.wait()
-        return self._heads.popleft()
-
-    def answered(self, head: ResponseHead, length: int | None, *, ended: bool) -> None:
-        if self._method == "HEAD" or head.status in (204, 304):
-            length = 0
-        elif ended and length:
-            self.malformed("the body is shorter than its length")
-            return
-        self.body.length = 0 if ended else length
-        if ended:
-            self.body.end()
-        self._add(head)
-
-    def interim(self, head: ResponseHead) -> None:
-        if len(self._heads) >= _MAX_INTERIM:
-            self.malformed("too many interim answers")
-        else:
-            self._add(head)
-
-    def _add(self, head: ResponseHead) -> None:
-        self._unanswered = False
-        self._heads.append(head)
-        self._signal.ring()
-
-    def tunnel(self) -> ByteStream:
-        raise OurFault("no tunnels over HTTP/2", code="tunnel_unsupported")
-
-    # ── the end ─────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def release(self) -> None:
-        """Free the stream. The upstream sees a reset where either message is not whole."""
-        if self._released:
-            return
-        self._released = True
-        if self.id:
-            if not (self.ended and self.body.complete):
-                self.reset(ErrorCodes.CANCEL)
-            self.connection.close_channel(self)
-        self.connection.released()
-
-    def lost(self, reason: str, code: ErrorCodes | None, *, remote: bool) -> None:
-        if code is None:
-            if self.connection.taken <= self._mark:
-                self._failed(NotSent, reason, "upstream_ended")
-            elif self._unanswered:
-                self._failed(NoAnswer, reason, NoAnswer.code)
-            else:
-                self._failed(MaybeSent, reason, "upstream_reset")
-        elif not remote:
-            self._failed(MaybeSent, reason, "upstream_malformed")
-        elif code is ErrorCodes.REFUSED_STREAM:
-            self.refused(reason, "upstream_refused_stream")
-        else:
-            self._failed(MaybeSent, reason, "upstream_reset")
-
-    def refused(self, reason: str, code: str) -> None:
-        """The upstream says that it has not acted on this request, and will not."""
-        self._failed(NotSent if self._unanswered else MaybeSent, reason, code)
-
-    def malformed(self, reason: str) -> None:
-        self.reset(ErrorCodes.PROTOCOL_ERROR)
-        self.lost(reason, ErrorCodes.PROTOCOL_ERROR, remote=False)
-
-    def _failed(self, fault: type[UpstreamFault], reason: str, code: str) -> UpstreamFault:
-        """Remember what went wrong first; whoever sends or receives is told. Returns it, to be raised."""
-        if self._fault is None:
-            self._fault = partial(fault, reason, code=code)
-            self.body.fail(reason)
-            self.room.ring()
-            self._signal.ring()
-        return self._fault()

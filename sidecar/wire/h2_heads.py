@@ -1,8 +1,12 @@
 """Heads of HTTP/2 messages: from fields to the model and back (RFC 9113 §8.3). Does no I/O.
 
-`h2` has validated what comes in here: pseudo-fields that are known, complete, not repeated and in front, lower-case names, no
-connection-specific field, one Host that agrees with `:authority`, crumbs of cookies joined. What this file adds: the
+What comes in here is well-formed (`h2_validity`): pseudo-fields that are known, complete, not repeated and in front, lower-case
+names, no connection-specific field, one Host that agrees with `:authority`, crumbs of cookies joined. What this file adds: the
 meaning of each, the limits, and the stricter grammar that what is sent on as HTTP/1.1 needs.
+
+An extended CONNECT (RFC 8441) becomes what HTTP/1.1 says with `GET` and `Upgrade`, and the other way round, so that nobody
+further up need know how a tunnel was asked for. The key of a WebSocket's handshake and the proof that it was read belong to
+HTTP/1.1 alone (§5.1).
 """
 
 from __future__ import annotations
@@ -13,21 +17,25 @@ from collections.abc import Iterable
 from sidecar.errors import ClientFault, MaybeSent
 from sidecar.model import Fields, RequestHead, ResponseHead
 from sidecar.wire import target
+from sidecar.wire.h2_validity import CONNECTION_FIELDS
 from sidecar.wire.headers import check_field
 
 Field = tuple[bytes, bytes]
 
-CONNECTION_FIELDS = frozenset({b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade"})
-"""What HTTP/2 has no use for, and forbids (RFC 9113 §8.2.2)."""
 _FIELD_OVERHEAD = 32
 """What a field counts for on top of its name and value (RFC 9113 §6.5.2)."""
 _NOT_FROM_FIELDS = CONNECTION_FIELDS | {b"content-length", b"host"}
+_HANDSHAKE = frozenset({b"sec-websocket-key", b"sec-websocket-accept"})
+_NOT_IN_TUNNELS = _NOT_FROM_FIELDS | _HANDSHAKE
 _METHOD = re.compile(rb"[A-Z][A-Z0-9_-]{0,31}")
 _DIGITS = re.compile(rb"[0-9]{1,18}")
 _STATUS = re.compile(rb"[1-5][0-9]{2}")
 _NAMES = re.compile(rb"(?::?[!#$%&'*+\-.^_`|~0-9a-z]+\n)*")
 _CONTROLS = bytes([*range(0x09), *range(0x0A, 0x20), 0x7F])
+_UPGRADE = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,64}(?:/[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,64})?")
 _WITH_LENGTH = frozenset({"POST", "PUT", "PATCH"})
+_REST_OF_LINE = len("  HTTP/1.1")
+"""What method and path make a request line with."""
 
 
 def check(fields: Fields, max_header_bytes: int, max_header_fields: int) -> None:
@@ -38,8 +46,12 @@ def check(fields: Fields, max_header_bytes: int, max_header_fields: int) -> None
     values = b"\n".join([value for _, value in fields])
     if len(names) + len(values) + (_FIELD_OVERHEAD - 2) * len(fields) > max_header_bytes:
         raise ClientFault(code="head_too_large", public="the header section is too large", status=431)
-    # All at once, since it nearly always passes; one by one to say which does not.
-    if not _NAMES.fullmatch(names + b"\n") or len(values.translate(None, _CONTROLS)) + len(fields) - 1 != len(values):
+    # All at once, since it nearly always passes; one by one to say which does not. A line feed in a name would make it two.
+    if (
+        names.count(b"\n") != len(fields) - 1
+        or not _NAMES.fullmatch(names + b"\n")
+        or len(values.translate(None, _CONTROLS)) + len(fields) - 1 != len(values)
+    ):
         for name, value in fields:
             if name[:1] != b":":
                 check_field(name, value)
@@ -54,11 +66,12 @@ def request_head(
     ended: bool,
     max_header_bytes: int,
     max_header_fields: int,
+    max_request_line_bytes: int = 8192,
     allow_encoded_slash: bool = False,
 ) -> tuple[RequestHead, int | None]:
     """Read the head of a request whose body has `ended` with it or follows. Returns it and the body's length, if stated.
 
-    Raises `ClientFault`.
+    A tunnel that is asked for is a `GET` with `upgrade`; what follows has no length then, and is no body. Raises `ClientFault`.
     """
     check(fields, max_header_bytes, max_header_fields)
     pseudo: dict[bytes, bytes] = {}
@@ -81,14 +94,19 @@ def request_head(
                 expects_continue = True
             kept.append(field)
     method = pseudo[b":method"]
-    if method == b"CONNECT" or b":protocol" in pseudo:
-        raise ClientFault(code="connect_unsupported", public="CONNECT is not available here", status=501)
+    upgrade: str | None = None
+    if method == b"CONNECT":
+        upgrade = _upgrade(pseudo, lengths)
+        method, expects_continue = b"GET", False
+        kept = [field for field in kept if field[0] not in _HANDSHAKE]
     if not _METHOD.fullmatch(method):
         raise ClientFault(code="method_malformed", public="the method is malformed")
     if pseudo[b":scheme"] != (b"https" if tls else b"http"):
         raise ClientFault(code="scheme_mismatch", public="the scheme of the target is not that of the connection")
     host, port = target.authority(pseudo[b":authority"] if b":authority" in pseudo else hosts[0])
     path = pseudo[b":path"]
+    if len(method) + len(path) + _REST_OF_LINE > max_request_line_bytes:
+        raise ClientFault(code="request_line_too_long", public="the request line is too long", status=414)
     where = (
         target.ASTERISK
         if path == b"*" and method == b"OPTIONS"
@@ -96,9 +114,23 @@ def request_head(
     )
     head = RequestHead(
         method=method.decode("ascii"), target=where, host=host, port=port, fields=kept, protocol="HTTP/2",
-        expects_continue=expects_continue,
+        upgrade=upgrade, expects_continue=expects_continue,
     )  # fmt: skip
-    return head, _request_length(lengths, ended=ended)
+    return head, None if upgrade is not None else _request_length(lengths, ended=ended)
+
+
+def _upgrade(pseudo: dict[bytes, bytes], lengths: list[bytes]) -> str:
+    """The protocol that an extended CONNECT asks for (RFC 8441 §4)."""
+    protocol = pseudo.get(b":protocol")
+    if protocol is None:
+        raise ClientFault(code="connect_unsupported", public="CONNECT is not available here", status=501)
+    if not _UPGRADE.fullmatch(protocol):
+        raise ClientFault(public="the protocol asked for is malformed")
+    if b":authority" not in pseudo:
+        raise ClientFault(code="authority_malformed", public="the authority is missing")
+    if lengths:
+        raise ClientFault(code="length_malformed", public="a tunnel has no length")
+    return protocol.decode("ascii")
 
 
 def _request_length(lengths: list[bytes], *, ended: bool) -> int | None:
@@ -142,7 +174,9 @@ _STATUSES = {status: (b":status", b"%d" % status) for status in range(100, 600)}
 
 
 def encode_request(head: RequestHead, fields: Iterable[Field], length: int | None, *, tls: bool) -> list[Field]:
-    """The fields of a request. `length` is its body's, None where that is not known."""
+    """The fields of a request. `length` is its body's, None where that is not known. One with `upgrade` becomes a CONNECT."""
+    if head.upgrade is not None:
+        return _encode_connect(head, fields, head.upgrade, tls=tls)
     lines = [
         (b":method", head.method.encode("ascii")),
         (b":scheme", b"https" if tls else b"http"),
@@ -153,6 +187,17 @@ def encode_request(head: RequestHead, fields: Iterable[Field], length: int | Non
     if length or (length == 0 and head.method in _WITH_LENGTH):
         lines.append((b"content-length", b"%d" % length))
     return lines
+
+
+def _encode_connect(head: RequestHead, fields: Iterable[Field], protocol: str, *, tls: bool) -> list[Field]:
+    return [
+        (b":method", b"CONNECT"),
+        (b":protocol", protocol.encode("ascii")),
+        (b":scheme", b"https" if tls else b"http"),
+        (b":authority", head.authority.encode("ascii")),
+        (b":path", str(head.target).encode("ascii")),
+        *(field for field in fields if field[0] not in _NOT_IN_TUNNELS),
+    ]
 
 
 def encode_response(head: ResponseHead, length: int | None, *, bodiless: bool) -> list[Field]:
@@ -167,3 +212,13 @@ def encode_response(head: ResponseHead, length: int | None, *, bodiless: bool) -
 
 def encode_interim(head: ResponseHead) -> list[Field]:
     return [_STATUSES[head.status], *(field for field in head.fields if field[0] not in _NOT_FROM_FIELDS)]
+
+
+def tunnel_head(head: ResponseHead) -> ResponseHead:
+    """The head that accepts an extended CONNECT, said as HTTP/1.1 does (RFC 8441 §5)."""
+    return ResponseHead(status=101, fields=[field for field in head.fields if field[0] not in _NOT_IN_TUNNELS])
+
+
+def encode_tunnel(head: ResponseHead) -> list[Field]:
+    """The fields that accept an extended CONNECT."""
+    return [_STATUSES[200], *(field for field in head.fields if field[0] not in _NOT_IN_TUNNELS)]

@@ -8,6 +8,10 @@
 - what a peer can make us keep is bounded: settings that nobody knows, the encoder's table, the memory of closed streams,
   a frame that is announced larger than allowed;
 - the connection's window is given back by one account (`credit`), also for data that nobody waits for any more;
+- data for streams that we have reset is dropped for as much as was on its way, and no more;
+- a frame that changes nothing is an event too (`Ignored`), so that it can be counted;
+- an answer that makes a tunnel of its stream has no length, whatever it says (RFC 9110 §9.3.6);
+- header sections are validated by `h2_validity`, which costs a tenth;
 - a frame is not turned into text on its way in.
 
 The names with an underscore are h2's own: the lock file pins them, and the tests of this room fail where they change.
@@ -15,6 +19,7 @@ The names with an underscore are h2's own: the lock file pins them, and the test
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Final
 
 from h2.config import H2Configuration
@@ -26,9 +31,19 @@ from h2.connection import (
     H2ConnectionStateMachine,
 )
 from h2.errors import ErrorCodes
-from h2.events import ConnectionTerminated, Event, StreamReset
+from h2.events import (
+    ConnectionTerminated,
+    Event,
+    InformationalResponseReceived,
+    RequestReceived,
+    ResponseReceived,
+    StreamReset,
+    TrailersReceived,
+    WindowUpdated,
+)
 from h2.exceptions import (
     DenialOfServiceError,
+    FlowControlError,
     FrameTooLargeError,
     InvalidBodyLengthError,
     ProtocolError,
@@ -39,21 +54,26 @@ from h2.settings import SettingCodes, Settings
 from h2.stream import H2Stream, StreamClosedBy, StreamState
 from hpack.exceptions import HPACKError, OversizedHeaderListError
 from hyperframe.frame import (
+    ContinuationFrame,
     DataFrame,
     Frame,
     GoAwayFrame,
     HeadersFrame,
     RstStreamFrame,
     SettingsFrame,
+    WindowUpdateFrame,
 )
 
+from sidecar.wire import h2_validity
 from sidecar.wire.h2_encoder import Encoder
+from sidecar.wire.h2_validity import Malformed
 
 STREAM_WINDOW: Final = 65535
 """Bytes that may be on their way on one stream: RFC 9113's initial value, so that there is nothing to agree on first."""
 _OVERSIZE: Final = 4
 """Header lists up to this many times the limit are decoded, so that they can be answered; above, the connection ends."""
 _KNOWN_SETTINGS = frozenset(int(code) for code in SettingCodes)
+_HIGHEST_STREAM_ID: Final = 2**31 - 1
 
 
 class _Machine(H2ConnectionStateMachine):
@@ -64,6 +84,20 @@ class _Machine(H2ConnectionStateMachine):
             for state in (ConnectionState.IDLE, ConnectionState.CLIENT_OPEN, ConnectionState.SERVER_OPEN)
         },
     }
+
+
+@dataclass(kw_only=True)
+class Ignored(Event):
+    """A frame that changed nothing: for a stream that is over, most often."""
+
+
+@dataclass(kw_only=True)
+class Dropped(Event):
+    """Data that was on its way when we reset its stream."""
+
+
+_IGNORED: Final = Ignored()
+_DROPPED: Final = Dropped()
 
 
 class CompressionError(ProtocolError):
@@ -82,7 +116,13 @@ class Protocol(H2Connection):
 
     def __init__(self, *, client: bool, max_header_bytes: int, max_streams: int, window: int) -> None:
         super().__init__(
-            H2Configuration(client_side=client, validate_outbound_headers=False, normalize_outbound_headers=False)
+            H2Configuration(
+                client_side=client,
+                validate_inbound_headers=False,
+                normalize_inbound_headers=False,
+                validate_outbound_headers=False,
+                normalize_outbound_headers=False,
+            )
         )
         values = {
             SettingCodes.MAX_HEADER_LIST_SIZE: max_header_bytes,
@@ -91,14 +131,17 @@ class Protocol(H2Connection):
         }
         if not client:
             values[SettingCodes.MAX_CONCURRENT_STREAMS] = max_streams
+            values[SettingCodes.ENABLE_CONNECT_PROTOCOL] = 1
         self.local_settings = Settings(client=client, initial_values=values)
-        self.decoder.max_header_list_size = _OVERSIZE * max_header_bytes
+        self._max_block_bytes = self.decoder.max_header_list_size = _OVERSIZE * max_header_bytes
         self.encoder = Encoder()
         self.state_machine = _Machine()
         self.greeted = False
         """Whether the peer's SETTINGS, which must come first, have come."""
         self._max_streams = max_streams
         self._owed = 0
+        self._strays = 0
+        """Bytes of data that may still come for streams that we have reset."""
         self.initiate_connection()
         self.increment_flow_control_window(window - STREAM_WINDOW)
 
@@ -119,9 +162,18 @@ class Protocol(H2Connection):
         """Whether an error has ended the connection: nothing but its GOAWAY is left to be sent."""
         return self.state_machine.state is ConnectionState.CLOSED
 
-    def go_away(self, code: ErrorCodes = ErrorCodes.NO_ERROR) -> None:
-        """Announce that no stream beyond those seen so far will be served. Those go on."""
-        self._prepare_for_sending([GoAwayFrame(0, last_stream_id=self.highest_inbound_stream_id, error_code=code)])
+    @property
+    def tunnels(self) -> bool:
+        """Whether the peer takes extended CONNECT (RFC 8441 §3)."""
+        return self.remote_settings.enable_connect_protocol == 1
+
+    def go_away(self, code: ErrorCodes = ErrorCodes.NO_ERROR, *, soon: bool = False) -> None:
+        """Announce that no stream beyond those seen so far will be served. Those go on.
+
+        `soon` announces that this will be announced: what is on its way is still taken (RFC 9113 §6.8).
+        """
+        last = _HIGHEST_STREAM_ID if soon else self.highest_inbound_stream_id
+        self._prepare_for_sending([GoAwayFrame(0, last_stream_id=last, error_code=code)])
 
     def fail(self, code: ErrorCodes) -> None:
         """End the connection for an error, unless one has ended it already."""
@@ -154,6 +206,7 @@ class Protocol(H2Connection):
         """Reset a stream, unless it has closed."""
         stream = self.streams.get(stream_id)
         if stream is not None and not stream.closed and not self.over:
+            self._strays += max(stream.inbound_flow_control_window, 0)
             self.reset_stream(stream_id, code)
 
     def _open_streams(self, remainder: int) -> int:
@@ -179,6 +232,9 @@ class Protocol(H2Connection):
             coming = self.incoming_buffer._data
             if len(coming) >= 3 and int.from_bytes(coming[:3]) > self.max_inbound_frame_size:
                 raise FrameTooLargeError("a frame is announced larger than allowed")  # h2 would wait for all of it
+            begun = self.incoming_buffer._headers_buffer
+            if begun and sum(len(frame.data) for frame in begun) > self._max_block_bytes:
+                raise DenialOfServiceError("a header block is larger than any that would be taken")
         except ProtocolError as error:
             self.fail(error.error_code)
             raise
@@ -198,6 +254,10 @@ class Protocol(H2Connection):
                 raise  # it was skipped, and so closed without ever having been open (RFC 9113 §5.1.1)
             frames, events = self._on_closed_stream(StreamClosedError(error.stream_id))
         self._prepare_for_sending(frames)
+        if not events:
+            # Whoever reads late says so of streams that have ended meanwhile: that is an update like the others.
+            late = type(frame) is WindowUpdateFrame
+            return [WindowUpdated(stream_id=frame.stream_id, delta=0) if late else _IGNORED]
         return list(events)
 
     def _on_closed_stream(self, error: StreamClosedError) -> tuple[list[Frame], list[Event]]:
@@ -224,12 +284,19 @@ class Protocol(H2Connection):
             # Those that have closed are counted off only when the number seems to be exceeded.
             if len(self.streams) > self._max_streams and self.open_inbound_streams >= self._max_streams:
                 return self._broken(stream, ErrorCodes.REFUSED_STREAM)
+        elif stream.closed:  # before h2 finds fault with what it says, and it is reset once more
+            raise StreamClosedError(frame.stream_id)
         try:
             frames, events = stream.receive_headers(headers, "END_STREAM" in frame.flags, None)
+            _validate(events[0])
         except StreamClosedError:
             raise
         except ProtocolError as error:
             return self._broken(stream, error.error_code)
+        except Malformed:
+            return self._broken(stream, ErrorCodes.PROTOCOL_ERROR)
+        if stream.request_method == b"CONNECT":
+            stream._expected_content_length = None
         if "PRIORITY" in frame.flags:
             self._receive_priority_frame(frame)
         return frames, events
@@ -251,6 +318,7 @@ class Protocol(H2Connection):
 
     def _broken(self, stream: H2Stream, code: ErrorCodes) -> tuple[list[Frame], list[Event]]:
         """Close a stream for what the peer did on it. h2 may have moved it to any state on the way to its error."""
+        self._strays += max(stream.inbound_flow_control_window, 0)
         stream.state_machine.state = StreamState.CLOSED
         stream.state_machine.stream_closed_by = StreamClosedBy.SEND_RST_STREAM
         event = StreamReset(stream_id=stream.stream_id, error_code=code, remote_reset=False)
@@ -259,9 +327,15 @@ class Protocol(H2Connection):
     def _handle_data_on_closed_stream(
         self, events: list[Event], exc: StreamClosedError, frame: DataFrame
     ) -> tuple[list[Frame], list[Event]]:
-        self.credit(frame.flow_controlled_length)
+        size = frame.flow_controlled_length
+        self.credit(size)
         frames, more = self._on_closed_stream(exc)
-        return frames, events + more
+        if frames or not size:
+            return frames, events + more
+        self._strays -= size
+        if self._strays < 0:
+            raise FlowControlError("more data for streams that were reset than their windows allowed")
+        return frames, [*events, _DROPPED]
 
     def _receive_settings_frame(self, frame: SettingsFrame) -> tuple[list[Frame], list[Event]]:
         """Unknown settings are ignored (RFC 9113 §6.5.2), and not remembered."""
@@ -274,12 +348,26 @@ class Protocol(H2Connection):
             raise ProtocolError("RST_STREAM for a stream that is idle")  # RFC 9113 §6.4
         return super()._receive_rst_stream_frame(frame)
 
+    def _receive_naked_continuation(self, frame: ContinuationFrame) -> None:
+        """h2 looks at the stream first, and so passes over one that belongs to nothing on a stream that is forgotten."""
+        raise ProtocolError("a CONTINUATION without its HEADERS")  # RFC 9113 §6.10
+
     def _receive_goaway_frame(self, frame: GoAwayFrame) -> tuple[list[Frame], list[Event]]:
         self.state_machine.process_input(ConnectionInputs.RECV_GOAWAY)
         event = ConnectionTerminated()
         event.error_code = error_code(frame.error_code)
         event.last_stream_id = frame.last_stream_id
         return [], [event]
+
+
+def _validate(event: Event) -> None:
+    """Raise `Malformed` where the fields of a head, or of trailers, are not well-formed."""
+    if isinstance(event, RequestReceived):
+        event.headers = h2_validity.request(event.headers or [])
+    elif isinstance(event, ResponseReceived | InformationalResponseReceived):
+        h2_validity.response(event.headers or [])
+    elif isinstance(event, TrailersReceived):
+        h2_validity.trailers(event.headers or [])
 
 
 def error_code(number: int) -> ErrorCodes:

@@ -4,8 +4,12 @@ One task reads, one writes, and each request has a task of its own, in a cancel 
 goes wrong with one stream stays with it: a request without a single meaning is answered there, a malformed one reset.
 Only an error of the connection itself ends it for all (RFC 9113 §5.4).
 
-A drain says GOAWAY and lets the open streams finish. A stream that comes after it, or is too many, is refused: it has
-certainly not been acted on, and may be tried elsewhere (§8.7).
+A drain announces itself first, takes what was on its way until then, and says the last stream that it will serve after a
+PING has come back, or a second (§6.8): so a request that crosses the announcement is not lost. The open streams finish. A stream
+that comes after that, or is too many, is refused: it has certainly not been acted on, and may be tried elsewhere (§8.7).
+
+An extended CONNECT (RFC 8441) is handed over as a `GET` with `upgrade` and without a body: what follows on its stream belongs
+to the tunnel, once there is one.
 """
 
 from __future__ import annotations
@@ -14,14 +18,18 @@ import math
 
 import trio
 from h2.errors import ErrorCodes
-from h2.events import ConnectionTerminated, RequestReceived, StreamReset
+from h2.events import ConnectionTerminated, PingAckReceived, RequestReceived, StreamReset
 
-from sidecar.errors import ClientFault, OurFault
-from sidecar.model import Aborted, ByteStream, ClientGone, Fields, Request, RequestHead, Response, ResponseHead
+from sidecar.errors import ClientFault
+from sidecar.model import Aborted, Body, Fields, Request, RequestHead
 from sidecar.wire import answers, h2_heads
+from sidecar.wire.answers import Whole
 from sidecar.wire.h1_server import NoLongerTrusted, Served
+from sidecar.wire.h2_link import GONE, Link
+from sidecar.wire.h2_liveness import Liveness
 from sidecar.wire.h2_protocol import Protocol
-from sidecar.wire.h2_streams import GONE, Allowance, Channel, Link
+from sidecar.wire.h2_reply import H2Reply, ServedStream
+from sidecar.wire.h2_signal import Allowance
 from sidecar.wire.network import Stream
 
 _WINDOW_BYTES = 1024 * 1024
@@ -32,6 +40,11 @@ All of them at once, and all again, is what an impatient client does; more is a 
 _RESET_SECONDS = 10.0
 _MAX_TASKS = 2
 """Times `max_streams`: tasks of streams that are over may still be cleaning up."""
+_DRAIN_TIMEOUT = 1.0
+"""How long requests may have been on their way when a drain was announced, where the client answers no PING."""
+_DRAIN_PING = b"draining"
+_PROBE_INTERVALS = (0.01, 0.5)
+"""Seconds between looks at a client that has ended its side: the first, and the longest."""
 
 
 async def serve(stream: Stream, buffer: bytearray, served: Served) -> None:
@@ -39,11 +52,11 @@ async def serve(stream: Stream, buffer: bytearray, served: Served) -> None:
     first = bytes(buffer)
     buffer.clear()
     connection = _Connection(stream, served)
-    served.on_drain = connection.drain
+    served.on_drain, served.on_look = connection.drain, connection.look
     try:
         await connection.run(first)
     finally:
-        served.on_drain = served.idle = None
+        served.on_drain = served.on_look = served.idle = None
         stream.close()
     if connection.defect is not None:
         raise connection.defect
@@ -60,6 +73,7 @@ class _Connection(Link):
                 max_streams=limits.max_streams,
                 window=_WINDOW_BYTES,
             ),
+            Liveness(limits.keepalive_timeout, trio.current_time()),
             max_header_bytes=limits.max_header_bytes,
             max_header_fields=limits.max_header_fields,
         )
@@ -67,8 +81,13 @@ class _Connection(Link):
         self.defect: Exception | None = None
         """What a handler raised that it should have dealt with. The connection takes nothing new and ends with it."""
         self._resets = Allowance(_MAX_RESETS * limits.max_streams, _RESET_SECONDS)
+        self._leaving_at: float | None = None
+        """When a drain that was announced is carried out, at the latest."""
         self._leaving = False
+        """Whether new streams are refused."""
         self._peer_leaves = False
+        self._half_closed = False
+        """Whether the client has ended its side of the connection."""
         self._idle_until = trio.current_time() + limits.idle_timeout
         self._pressed = False
         self._waiting_scope = trio.CancelScope()
@@ -106,21 +125,42 @@ class _Connection(Link):
                 else:
                     if self.error is not None:
                         return self._failed()
+                    await self._see_out()
                 return self._left()
             if self.broken:
                 return self._left()
             if not self.channels:
                 return self._idled()
-            if self.served.draining:  # it came with the first bytes of a request
-                self._go_away()
 
     def _failed(self) -> bool:
         self.served.reason = self.error
         return True
 
+    async def _see_out(self) -> None:
+        """The client has ended its side. What it has asked for whole is answered; half a request is none.
+
+        Whether it still takes answers, the kernel knows once something was sent: one that is gone answers with a reset.
+        """
+        self._half_closed = self._peer_leaves = True
+        for channel in list(self.channels.values()):
+            if not channel.body.complete:
+                channel.lost("the client ended the connection", None, remote=True)
+                self.served.reason = "exchange_aborted"
+        if self.channels:
+            self.ask()
+        interval, longest = _PROBE_INTERVALS
+        while self.channels and not self.broken and self.stream.left() != "reset":
+            for channel in list(self.waiting):  # nobody is left who could widen its window
+                channel.lost("the client ended the connection", None, remote=True)
+                self.served.reason = "exchange_aborted"
+            await trio.sleep(interval)
+            interval = min(2 * interval, longest)
+
     def _left(self) -> bool:
         """On a connection without open streams a client that ends, or resets, has done nothing wrong."""
-        if self.channels:
+        if self.liveness.dead:
+            self.served.reason = "keepalive_timeout"
+        elif self.channels:
             self.served.reason = "exchange_aborted"
         elif not self.served.exchanges and not self._leaving:
             self.served.reason = "reset_by_peer" if self.protocol.greeted else "head_incomplete"
@@ -138,7 +178,25 @@ class _Connection(Link):
         self._waiting_scope.cancel()
 
     def drain(self) -> None:
-        """Take nothing new, and end with the last open stream."""
+        """Announce the end; take what crosses that, then nothing new, and end with the last open stream."""
+        if self._leaving_at is None and not self._leaving and not self.protocol.over:
+            self._leaving_at = trio.current_time() + _DRAIN_TIMEOUT
+            self.protocol.go_away(soon=True)
+            self.ask(_DRAIN_PING)
+
+    def look(self, now: float) -> None:
+        if self._leaving_at is not None and now >= self._leaving_at:
+            self._leave()
+        if not self._half_closed:
+            super().look(now)
+
+    def _answered(self, event: PingAckReceived) -> None:
+        super()._answered(event)
+        if event.ping_data == _DRAIN_PING and self._leaving_at is not None:
+            self._leave()
+
+    def _leave(self) -> None:
+        """Take nothing new from here on, and end with the last open stream."""
         self._go_away()
         if not self.channels:
             self.stop()
@@ -198,13 +256,15 @@ class _Connection(Link):
                 ended=ended,
                 max_header_bytes=limits.max_header_bytes,
                 max_header_fields=limits.max_header_fields,
+                max_request_line_bytes=limits.max_request_line_bytes,
                 allow_encoded_slash=limits.allow_encoded_slash,
             )
             if not self.served.fresh():
                 request = NoLongerTrusted()
         except ClientFault as fault:
             request = fault
-        channel = _Exchange(self, event.stream_id, length)
+        channel = ServedStream(self, event.stream_id, length)
+        channel.tunnelled = isinstance(request, RequestHead) and request.upgrade is not None
         if ended:
             channel.body.end()
         if not self.channels:
@@ -217,11 +277,12 @@ class _Connection(Link):
             self.served.exchanges += 1
             self._tasks.start_soon(self._handle, channel, request)
 
-    async def _handle(self, channel: _Exchange, head: RequestHead) -> None:
-        reply = _Reply(channel, head.method)
+    async def _handle(self, channel: ServedStream, head: RequestHead) -> None:
+        reply = H2Reply(channel, head.method)
+        body: Body = Whole() if channel.tunnelled else channel.body
         try:
             with channel.scope:
-                await self.served.handle(self.served.connection, Request(head=head, body=channel.body), reply)
+                await self.served.handle(self.served.connection, Request(head=head, body=body), reply)
         except Aborted:
             pass
         except Exception as error:  # noqa: BLE001  (a defect ends its own stream now, and the connection after the others)
@@ -230,27 +291,29 @@ class _Connection(Link):
         finally:
             self._finish(channel)
 
-    async def _refuse(self, channel: _Exchange, fault: ClientFault, fields: Fields) -> None:
+    async def _refuse(self, channel: ServedStream, fault: ClientFault, fields: Fields) -> None:
         method = next((value for name, value in fields if name == b":method"), b"")
         try:
             with channel.scope:
-                await _Reply(channel, method.decode("latin-1")).send(answers.fault(fault, request_fields=fields))
+                await H2Reply(channel, method.decode("latin-1")).send(answers.fault(fault, request_fields=fields))
         except Aborted:
             pass
         finally:
             self._finish(channel)
         self.served.reason = fault.code  # all that is written down of it, since there is no exchange
         if isinstance(fault, NoLongerTrusted):
-            self.drain()
+            self._leave()
 
-    def _finish(self, channel: _Exchange) -> None:
+    def _finish(self, channel: ServedStream) -> None:
         """Close what the exchange left open. What a client still sends of a body that nobody wants is not waited for."""
-        if not channel.ended:
-            self.protocol.drop(channel.id, ErrorCodes.INTERNAL_ERROR)
-        else:
+        if channel.ended and not channel.switched:
             self._resets.earn()
+            self._nuisances.earn()
             if not channel.body.complete:
                 self.protocol.drop(channel.id, ErrorCodes.NO_ERROR)  # RFC 9113 §8.1
+        elif not channel.over:
+            # A tunnel that breaks is cancelled (RFC 8441 §5), and half of one is no message that was whole.
+            self.protocol.drop(channel.id, ErrorCodes.CANCEL if channel.switched else ErrorCodes.INTERNAL_ERROR)
         self.close_channel(channel)
         if not self.channels:
             self._idle_until = trio.current_time() + self.served.limits.idle_timeout
@@ -258,73 +321,8 @@ class _Connection(Link):
 
     def _stream_reset(self, event: StreamReset) -> None:
         # Also of streams that our own side reset for what the client sent: the work is lost in the same way.
-        self._resets.spend(trio.current_time())
+        self._resets.spend()
         super()._stream_reset(event)
 
     def consumed(self, size: int) -> None:
         self.protocol.credit(size)
-
-
-class _Exchange(Channel):
-    """One stream and what ends its handling."""
-
-    __slots__ = ("_gone", "scope")
-
-    def __init__(self, link: Link, stream_id: int, length: int | None) -> None:
-        super().__init__(link, stream_id, length)
-        self.scope = trio.CancelScope()
-        self._gone: str | None = None
-
-    def begin(self, fields: list[tuple[bytes, bytes]], *, end: bool) -> None:
-        self.check()
-        self.link.protocol.send_headers(self.id, fields, end_stream=end)
-        self.link.ring()
-        self.ended = end
-
-    def check(self) -> None:
-        if self._gone is not None or self.link.broken or self.link.protocol.over:
-            raise ClientGone(self._gone or "the connection ended")
-
-    def lost(self, reason: str, code: ErrorCodes | None, *, remote: bool) -> None:
-        if self._gone is None:
-            self._gone = reason
-            self.body.fail(reason)
-            self.room.ring()
-            self.scope.cancel()
-
-
-class _Reply:
-    """`model.Reply` to one request."""
-
-    __slots__ = ("_channel", "_method", "started")
-
-    def __init__(self, channel: _Exchange, method: str) -> None:
-        self._channel = channel
-        self._method = method
-        self.started = False
-
-    @property
-    def complete(self) -> bool:
-        return self._channel.ended
-
-    @property
-    def bytes_sent(self) -> int:
-        return self._channel.bytes_sent
-
-    async def interim(self, head: ResponseHead) -> None:
-        if not self.started and head.status != 101:
-            await self._channel.start(h2_heads.encode_interim(head), end=False)
-
-    async def send(self, response: Response) -> None:
-        if self.started:
-            raise OurFault("a second final answer to one request")
-        self.started = True
-        bodiless = self._method == "HEAD" or response.head.status in (204, 304)
-        fields = h2_heads.encode_response(response.head, response.body.length, bodiless=bodiless)
-        if bodiless:
-            await self._channel.start(fields, end=True)
-        else:
-            await self._channel.transmit(fields, response.body)
-
-    async def tunnel(self, head: ResponseHead) -> ByteStream:
-        raise OurFault("no tunnels over HTTP/2", code="tunnel_unsupported")

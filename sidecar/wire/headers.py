@@ -25,7 +25,14 @@ from sidecar.model import NOTHING, Fields
 
 Field = tuple[bytes, bytes]
 
-IDENTITY = frozenset({b"x-spiffe-id", b"x-forwarded-spiffe-id", b"x-forwarded-client-cert", b"forwarded"})
+IDENTITY = frozenset(
+    {b"x-spiffe-id", b"x-forwarded-spiffe-id", b"x-forwarded-client-cert", b"forwarded"}
+    | {b"client-cert", b"client-cert-chain", b"x-client-cert", b"x-client-dn", b"x-client-verify", b"x-arr-clientcert"}
+    | {b"l5d-client-id", b"x-envoy-peer-metadata", b"x-envoy-peer-metadata-id"}
+)
+"""Ours; RFC 9440's and what servers and gateways say for it; other meshes'. Each says who has proven to be who."""
+IDENTITY_PREFIXES = (b"x-ssl-client", b"ssl-client", b"x-amzn-mtls-clientcert")
+"""Beginnings of folded names that every server continues in its own way: -cert, -s-dn, -verify, …"""
 HOP_BY_HOP = frozenset(
     {b"connection", b"keep-alive", b"proxy-connection", b"proxy-authenticate", b"proxy-authorization", b"te"}
     | {b"proxy-authentication-info", b"trailer", b"transfer-encoding", b"upgrade", b"http2-settings"}
@@ -36,9 +43,11 @@ OURS = frozenset(
 """Set by us on requests."""
 CLAIMS = frozenset(
     {b"x-real-ip", b"x-forwarded", b"x-forwarded-by", b"x-forwarded-port", b"x-forwarded-prefix", b"x-forwarded-scheme"}
-    | {b"x-forwarded-server", b"x-forwarded-ssl"}
+    | {b"x-forwarded-server", b"x-forwarded-ssl", b"x-client-ip", b"true-client-ip", b"x-cluster-client-ip"}
+    | {b"x-envoy-external-address", b"x-original-forwarded-for", b"x-original-host", b"x-original-method"}
+    | {b"x-original-uri", b"x-envoy-original-path", b"x-forwarded-method", b"x-forwarded-path", b"x-forwarded-uri"}
 )
-"""Older ways to say what `OURS` says: removed, so that nobody believes them instead."""
+"""Other ways to say what `OURS` says, or what a request was before some proxy: removed, so that nobody believes them."""
 OVERRIDES = frozenset(
     {b"x-http-method-override", b"x-http-method", b"x-method-override", b"x-original-url", b"x-rewrite-url"}
 )
@@ -57,10 +66,27 @@ NOT_IN_TRAILERS = (
 )
 """Framing, routing, conditions, rights, and control of the answer (RFC 9110 §6.5.1)."""
 
+_ORDINARY = frozenset(
+    {
+        b"accept",
+        b"accept-encoding",
+        b"accept-language",
+        b"authorization",
+        b"cookie",
+        b"origin",
+        b"user-agent",
+        b"content-type",
+    }
+    | {b"content-length", b"content-encoding", b"set-cookie", b"cache-control", b"date", b"etag", b"last-modified"}
+    | {b"location", b"server", b"vary"}
+)
+"""What passes in this spelling on every way: most of what comes, and not worth a second look."""
 _REMOVED, _EXACT, _OVERRIDE = object(), object(), object()
 _ON_BOTH_WAYS = dict.fromkeys(EXACT, _EXACT) | dict.fromkeys(IDENTITY | HOP_BY_HOP | {b"host"}, _REMOVED)
 _ON_REQUESTS = _ON_BOTH_WAYS | dict.fromkeys(OURS | CLAIMS, _REMOVED)
 _ON_INBOUND = _ON_REQUESTS | dict.fromkeys(OVERRIDES, _OVERRIDE)
+_ON_ANSWERS = _ON_BOTH_WAYS | {b"x-decision-id": _REMOVED}
+"""Of whoever makes no decisions."""
 
 _ALNUM = (string.ascii_lowercase + string.digits).encode()
 _FOLD = bytes(byte if byte in _ALNUM else ord("-") for byte in bytes(range(256)).lower())
@@ -91,10 +117,14 @@ def _sift(
     removed: dict[bytes, list[bytes]] = {}
     for field in fields:
         name, value = field
+        if name in _ORDINARY:
+            kept.append(field)
+            continue
         folded = name.translate(_FOLD)
         rule = rules.get(folded)
         if rule is None:
-            kept.append(field)
+            if not folded.startswith(IDENTITY_PREFIXES):
+                kept.append(field)
         elif rule is _OVERRIDE:
             raise ClientFault(code="request_overridden", public="a header field names a second method or target")
         elif name == folded:
@@ -119,7 +149,7 @@ def _options(values: Iterable[bytes], protected: frozenset[bytes]) -> frozenset[
             if name := option.strip(b" \t"):
                 if not _OPTION.fullmatch(name):
                     raise ClientFault(code="connection_malformed", public="the Connection field is malformed")
-                if fold(name) in protected:
+                if (folded := fold(name)) in protected or (protected and folded.startswith(IDENTITY_PREFIXES)):
                     raise ClientFault(
                         code="connection_nominates_protected",
                         public="Connection names a field that must not be removed",
@@ -149,6 +179,7 @@ def trailer_fields(fields: Fields, reserved: frozenset[bytes] = frozenset()) -> 
         for field in fields
         if (folded := field[0].translate(_FOLD)) not in NOT_IN_TRAILERS
         and folded not in reserved
+        and not folded.startswith(IDENTITY_PREFIXES)
         and field[0][:1] != b":"
     ]
 
@@ -187,8 +218,9 @@ def inbound_request(
     hop = [
         (b"x-forwarded-for", remote.encode("ascii")),
         (b"x-forwarded-proto", b"https" if scheme_tls else b"http"),
-        (b"x-forwarded-host", host.encode("ascii")),
     ]
+    if host:  # HTTP/1.0 may have none
+        hop.append((b"x-forwarded-host", host.encode("ascii")))
     if trusted_hops:
         hop = [(name, b", ".join([*removed.get(name, ()), value])) for name, value in hop]
         hop += [(name, value) for name, values in removed.items() if name in CLAIMS for value in values]
@@ -252,13 +284,17 @@ def with_added(fields: Fields, add: Mapping[str, str]) -> list[Field]:
 # ── answers ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def response(fields: Fields, add: Mapping[str, str] = NOTHING, *, via: bytes) -> list[Field]:
+def response(
+    fields: Fields, add: Mapping[str, str] = NOTHING, *, via: bytes, upstream_decides: bool = False
+) -> list[Field]:
     """Return the fields of an answer on its way back. Raises `UpstreamFault` where its `Connection` is malformed.
 
     An upstream may withhold from the client what it likes (and some do name Transfer-Encoding in `Connection`).
+    `upstream_decides`: whether it is a sidecar, whose `X-Decision-Id` leads to a line of its log; an agent's would lead
+    to nothing, or to somebody else's.
     """
     try:
-        kept, _ = _sift(fields, _ON_BOTH_WAYS, protected=frozenset())
+        kept, _ = _sift(fields, _ON_BOTH_WAYS if upstream_decides else _ON_ANSWERS, protected=frozenset())
     except ClientFault as fault:
         raise UpstreamFault(fault.public, code="upstream_malformed") from fault
     kept.append((b"via", via))
@@ -335,7 +371,7 @@ def policy_may_set(name: str, value: str) -> None:
     raw = name.encode("utf-8", "surrogatepass")
     if not _OPTION.fullmatch(raw):
         raise ValueError("a header name in the decision is not a token")
-    if fold(raw) in _NOT_FOR_POLICY:
+    if (folded := fold(raw)) in _NOT_FOR_POLICY or folded.startswith(IDENTITY_PREFIXES):
         raise ValueError(f"the decision may not set the header {name.lower()!r}")
     if not _PRINTABLE.fullmatch(value):
         raise ValueError(f"the value of the header {name.lower()!r} in the decision is not printable ASCII")

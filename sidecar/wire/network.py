@@ -1,4 +1,4 @@
-"""Sockets: the seam between the sidecar and the kernel, and the plain byte stream over one.
+"""Sockets: the seam between the sidecar and the kernel, and the plain byte stream over one (`listening` has the other half).
 
 `Network` hands out connected, non-blocking stdlib sockets; tests replace it with one that deals in socket pairs. Streams
 drive such a socket directly with `trio.lowlevel`, without trio's own socket and stream layers, since each layer costs as
@@ -11,40 +11,41 @@ is always ready cannot keep everybody else waiting, a stream yields after `_STRE
 from __future__ import annotations
 
 import errno
+import fcntl
 import socket
 import struct
-from collections.abc import Awaitable, Callable
+import termios
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import trio
 
 from sidecar.model import Address
+from sidecar.wire import listening
+from sidecar.wire.listening import Listener
 
 _STREAK = 8
-_BACKLOG = 1024
-_TCP_CLOSE = 7
+_TCP_CLOSE, _TCP_CLOSE_WAIT = 7, 8
 """`tcpi_state` of TCP_INFO (linux/tcp.h)."""
+_MAX_RESOLVING = 8
+"""Threads that ask for names. Their own, so that a resolver that hangs takes none from whoever needs one for a file."""
+_PROBES = 3
 _LINGER_ZERO = struct.pack("ii", 1, 0)
 
 
-class Listener(Protocol):
-    @property
-    def address(self) -> Address: ...
-
-    async def accept(self) -> tuple[socket.socket, Address]:
-        """Return a connected non-blocking socket and who is at its other end. Raises OSError as `accept(2)` does."""
-        ...
-
-    def close(self) -> None: ...
-
-
 class Network(Protocol):
-    async def connect(self, to: Address | Path) -> socket.socket:
-        """Connect to a TCP address or a unix socket. Raises OSError."""
+    async def resolve(self, name: Address) -> Sequence[Address]:
+        """Return the addresses behind a name, by IP, in the order of RFC 6724. Raises OSError (`socket.gaierror`)."""
         ...
 
-    async def listen(self, at: Address) -> Listener: ...
+    async def connect(self, to: Address | Path) -> socket.socket:
+        """Connect to an address by IP or to a unix socket. Raises OSError."""
+        ...
+
+    async def listen(self, at: Address) -> Listener:
+        """Bind and listen. Raises OSError."""
+        ...
 
 
 class Stream:
@@ -55,6 +56,8 @@ class Stream:
     )  # fmt: skip
     _wants_to_read: tuple[type[OSError], ...] = (BlockingIOError,)
     _wants_to_write: tuple[type[OSError], ...] = (BlockingIOError,)
+    _clean_end: tuple[type[OSError], ...] = ()
+    """What a read may raise in place of returning b""."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
@@ -86,7 +89,9 @@ class Stream:
                 await self._readable()
             except self._wants_to_write:
                 await self._writable()
-            except OSError as error:
+            except self._clean_end:
+                return b""
+            except (OSError, ValueError) as error:  # ssl says ValueError where it was closed after it became readable
                 raise self._broken(error) from error
             else:
                 if self._streak >= _STREAK:
@@ -125,12 +130,25 @@ class Stream:
             return True
         return True
 
-    def was_reset(self) -> bool:
-        """Whether the kernel has seen the connection go, by a reset or by giving up on the peer. Not by a half-close."""
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    def left(self) -> Literal["reset", "ended"] | None:
+        """How the peer has left, as the kernel knows without anybody's reading: by a reset (or it was given up), or by ending
+        its own side, which leaves open whether it still reads. None where it has not, or where this is no TCP.
+        """
         try:
-            return not self._closed and self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_CLOSE
+            state = 0 if self._closed else self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
         except OSError:
-            return False  # no TCP
+            return None
+        return "reset" if state == _TCP_CLOSE else "ended" if state == _TCP_CLOSE_WAIT else None
+
+    def unsent(self) -> bool:
+        """Whether the peer has yet to take, or to acknowledge, something of what was sent (tcp(7), SIOCOUTQ)."""
+        try:
+            return fcntl.ioctl(self._sock, termios.TIOCOUTQ, b"\0\0\0\0") != b"\0\0\0\0"
+        except OSError:
+            return False
 
     def interrupt(self) -> None:
         """Wake whoever waits on this stream with `trio.ClosedResourceError`, and leave the stream as it is.
@@ -184,7 +202,7 @@ class Stream:
         finally:
             self.close()
 
-    def _broken(self, error: OSError) -> Exception:
+    def _broken(self, error: Exception) -> Exception:
         if self._closed:
             return trio.ClosedResourceError("this stream was already closed")
         return trio.BrokenResourceError(str(error))
@@ -259,79 +277,40 @@ async def drop_input(sock: socket.socket) -> None:
             return
 
 
-class _TcpListener:
-    def __init__(self, sock: trio.socket.SocketType) -> None:
-        self._sock = sock
-        host, port = sock.getsockname()[:2]
-        self.address = Address(host=host, port=port)
-
-    async def accept(self) -> tuple[socket.socket, Address]:
-        accepted, peer = await self._sock.accept()
-        sock = _detached(accepted)
-        _without_delay(sock)
-        return sock, Address(host=peer[0], port=peer[1])
-
-    def close(self) -> None:
-        self._sock.close()
-
-
 class TcpNetwork:
     """The real one."""
+
+    def __init__(self) -> None:
+        self._resolving = trio.CapacityLimiter(_MAX_RESOLVING)
+
+    async def resolve(self, name: Address) -> Sequence[Address]:
+        def ask() -> list[Address]:
+            try:
+                found = socket.getaddrinfo(name.host, name.port, type=socket.SOCK_STREAM)
+            except UnicodeError as error:  # a label that is empty or too long
+                raise socket.gaierror(socket.EAI_NONAME, str(error)) from error
+            return list(dict.fromkeys(_by_ip(*sockaddr) for _, _, _, _, sockaddr in found))
+
+        return await trio.to_thread.run_sync(ask, abandon_on_cancel=True, limiter=self._resolving)
 
     async def connect(self, to: Address | Path) -> socket.socket:
         if isinstance(to, Path):
             return await _connected(socket.AF_UNIX, str(to))
-        found = await trio.socket.getaddrinfo(to.host, to.port, type=socket.SOCK_STREAM)
-        refused: OSError | None = None
-        for family, _, _, _, name in found:
-            try:
-                sock = await _connected(family, name)
-            except OSError as error:
-                # A name with several addresses counts as refused only if all of them refuse.
-                if refused is None or isinstance(refused, ConnectionRefusedError):
-                    refused = error
-            else:
-                _without_delay(sock)
-                return sock
-        raise refused or OSError(errno.EADDRNOTAVAIL, f"{to.host} has no address")
+        found = await trio.socket.getaddrinfo(
+            to.host, to.port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
+        )  # nobody is asked, and no thread is used
+        family, _, _, _, name = found[0]
+        sock = await _connected(family, name)
+        _without_delay(sock)
+        return sock
 
     async def listen(self, at: Address) -> Listener:
-        found = await trio.socket.getaddrinfo(at.host, at.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, _, _, _, name = found[0]
-        sock = trio.socket.socket(family, socket.SOCK_STREAM)
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(at.host != "::"))
-            await sock.bind(name)
-            sock.listen(_BACKLOG)
-        except BaseException:
-            sock.close()
-            raise
-        return _TcpListener(sock)
+        return await listening.bound(at)
 
 
-_ACCEPT_BACKOFF = 0.1
-_EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
-
-
-async def accept_forever(
-    listener: Listener,
-    connected: Callable[[socket.socket, Address], None],
-    failed: Callable[[OSError], Awaitable[None]],
-) -> None:
-    """Accept until the listener is closed. What one connection does wrong, or a lack of descriptors, does not end it."""
-    while True:
-        try:
-            sock, remote = await listener.accept()
-        except trio.ClosedResourceError:
-            return
-        except OSError as error:
-            await failed(error)
-            # ECONNABORTED and its kin concern a connection that is gone; a lack of resources needs time to pass.
-            await trio.sleep(_ACCEPT_BACKOFF if error.errno in _EXHAUSTED else 0)
-        else:
-            connected(sock, remote)
+def _by_ip(host: object, port: object, _flow: object = 0, scope: object = 0) -> Address:
+    """What `getaddrinfo` says of one address. A scope is the interface of a link-local one (RFC 4007 §11)."""
+    return Address(host=f"{host}%{scope}" if scope else str(host), port=int(str(port)))
 
 
 async def _connected(family: int, name: object) -> socket.socket:
@@ -349,6 +328,24 @@ def _detached(sock: trio.socket.SocketType) -> socket.socket:
     plain = socket.socket(fileno=sock.detach())
     plain.setblocking(False)
     return plain
+
+
+def keep_alive(sock: socket.socket, seconds: float) -> None:
+    """Have the kernel ask a peer that has been quiet for `seconds` whether it is there, three times within half as long again.
+
+    Whoever leaves the questions, or data, unanswered for that long is taken for dead, and the connection breaks (tcp(7)).
+    The user timeout is as long as all of it, since a shorter one would make the first question that is lost the last.
+    """
+    idle = max(1, round(seconds))
+    interval = max(1, round(seconds / 6))
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, idle)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, interval)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _PROBES)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, (idle + _PROBES * interval) * 1000)
+    except OSError:
+        pass  # no TCP, or the peer is gone already: the next read will say so
 
 
 def _without_delay(sock: socket.socket) -> None:

@@ -19,20 +19,17 @@ import trio
 from sidecar.errors import PeerRejected
 from sidecar.model import Address, Connection, ConnectionEnded, Mode, Outcome, Peer, Workload
 from sidecar.wire import h1_server, h2_server, tls
-from sidecar.wire.h1_server import Handle, Limits, Served
-from sidecar.wire.network import Listener, Stream, accept_forever, peek
+from sidecar.wire.admission import Admission, Guest
+from sidecar.wire.h1_server import Answering, Handle, Limits, Served
+from sidecar.wire.hangups import Hangups
+from sidecar.wire.listening import Listener, accept_forever
+from sidecar.wire.network import Stream, keep_alive
+from sidecar.wire.settling import Refused, settle
 
+_ENDED_PATIENCE, _UNANSWERED_PATIENCE = 1.0, 5.0
+"""Seconds of silence, within an answer and before it, after which a client that has ended its side counts as gone."""
 _LOOK_OUT_INTERVAL = 0.5
 """Seconds; waits end at most that much late."""
-_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-
-_REFUSAL = b'{"type":"about:blank","title":"this port takes mutual TLS only","status":426,"code":"plaintext_refused"}'
-_UPGRADE_REQUIRED = (
-    b"HTTP/1.1 426 Upgrade Required\r\nupgrade: TLS/1.3, HTTP/1.1\r\nconnection: Upgrade, close\r\n"
-    b"content-type: application/problem+json\r\ncontent-length: %d\r\n\r\n%b" % (len(_REFUSAL), _REFUSAL)
-)
-_GO_AWAY = b"\0\0\0\x04\0\0\0\0\0" + b"\0\0\x08\x07\0\0\0\0\0" + b"\0\0\0\0" + b"\0\0\0\x0d"
-"""SETTINGS, empty, then GOAWAY with HTTP_1_1_REQUIRED (RFC 9113 §6.5, §6.8, §7)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,12 +41,10 @@ class Settings:
     limits: Limits
     handshake_timeout: float
     max_connections: int
-
-
-class _Refused(Exception):
-    def __init__(self, outcome: Outcome, reason: str) -> None:
-        self.outcome = outcome
-        self.reason = reason
+    max_connections_per_peer: int | None = None
+    """None: peers are not told apart (the agent's side, the health port)."""
+    max_descriptor: int | None = None
+    """See `listening`; None for whoever must be answered to the last."""
 
 
 class Server:
@@ -73,40 +68,43 @@ class Server:
         self._credentials = credentials
         prefix = os.urandom(4).hex()
         self._ids = (f"{prefix}-{number}" for number in count(1))
-        self._lives: set[_Life] = set()
-        self._served: dict[Served, None] = {}
-        self._settling: dict[trio.CancelScope, None] = {}
-        """Connections whose peer is not settled yet, oldest first."""
-        self._open = 0
+        self._lives: dict[_Life, None] = {}
+        self._admission = Admission()
+        self._hangups = Hangups()
+        self._accepting = False
         self._emptied = trio.Event()
         self._draining = False
 
     @property
     def open_connections(self) -> int:
-        return self._open
+        return len(self._lives)
 
-    async def serve(self, listener: Listener, accept_failed: Callable[[OSError], None]) -> None:
-        """Accept and serve until the listener is closed and the last connection has ended."""
+    async def serve(self, listener: Listener, accept_failed: Callable[[OSError], bool]) -> None:
+        """Accept and serve until the listener is closed and the last connection has ended.
 
-        async def failed(error: OSError) -> None:
-            accept_failed(error)
+        `accept_failed` is told why nobody could be accepted, and says whether it has made room (`make_room`).
+        """
+        self._accepting = True
 
         async with trio.open_nursery() as nursery:
 
             def connected(sock: socket.socket, remote: Address) -> None:
-                self._open += 1
-                nursery.start_soon(self._connection, sock, remote, listener.address)
+                life = _Life(connection_id=next(self._ids), remote=remote)
+                self._lives[life] = None  # before the first wait: whoever waits for the last to end must know of it
+                nursery.start_soon(self._connection, sock, listener.address, life)
 
+            await nursery.start(self._hangups.run)
             nursery.start_soon(self._look_out)
-            await accept_forever(listener, connected, failed)
+            try:
+                await accept_forever(listener, connected, accept_failed, max_descriptor=self.settings.max_descriptor)
+            finally:
+                self._accepting = False
+                self._look_whether_empty()
             await self.wait_empty()
             nursery.cancel_scope.cancel()
 
     async def _look_out(self) -> None:
-        """End the waits whose time is up, and h1 connections whose client has reset while its answer is made.
-
-        Nobody reads from those to find out. A client that has only ended its side still gets its answer (RFC 9112 §9.6).
-        """
+        """End the waits whose time is up, and h1 exchanges whose client went while there was none yet (`wire.hangups`)."""
         while True:
             await trio.sleep(_LOOK_OUT_INTERVAL)
             now = trio.current_time()
@@ -114,24 +112,32 @@ class Server:
                 if life.served is None or life.stream is None:
                     continue
                 life.served.check(now)
-                if life.served.connection.protocol == "h1" and life.stream.was_reset():
-                    life.scope.cancel()
+                if life.served.answering is not None:
+                    life.look(now)
+
+    def make_room(self) -> bool:
+        """End a connection with which nothing is lost, if there is one, and say whether there was."""
+        return self._admission.make_room()
 
     async def wait_empty(self) -> None:
-        """Wait until no connection is open."""
-        while self._open:
+        """Wait until nothing is accepted any more, and no connection is open."""
+        while self._lives or self._accepting:
             await self._emptied.wait()
+
+    def _look_whether_empty(self) -> None:
+        if not self._lives and not self._accepting:
+            self._emptied.set()
+            self._emptied = trio.Event()
 
     def drain(self) -> None:
         """Let what is open finish; connections close as soon as nothing is under way on them."""
         self._draining = True
-        for served in self._served:
-            served.drain()
+        for life in self._lives:
+            if life.served is not None:
+                life.served.drain()
 
-    async def _connection(self, sock: socket.socket, remote: Address, local: Address) -> None:
+    async def _connection(self, sock: socket.socket, local: Address, life: _Life) -> None:
         """The whole life of one connection, and its record. Nothing but cancellation comes out of it."""
-        life = _Life(connection_id=next(self._ids), remote=remote)
-        self._lives.add(life)
         try:
             with life.scope:
                 await self._live(sock, local, life)
@@ -146,89 +152,47 @@ class Server:
             if life.stream is not None:
                 life.stream.abort()  # what is still open here was cut off
             sock.close()
-            self._lives.discard(life)
-            self._open -= 1
-            if self._open == 0:
-                self._emptied.set()
-                self._emptied = trio.Event()
-            if life.served is not None:
-                self._served.pop(life.served, None)
+            self._admission.leave(life)
+            del self._lives[life]
+            self._look_whether_empty()
             self._ended(life.record(self.direction))
 
     async def _live(self, sock: socket.socket, local: Address, life: _Life) -> None:
-        if self._open > self.settings.max_connections:
-            self._make_room()
-        with trio.move_on_after(self.settings.handshake_timeout) as patience:
-            self._settling[patience] = None
-            try:
-                stream, buffer, connection = await self._settle(sock, life.connection_id, life.remote, local)
-            finally:
-                self._settling.pop(patience, None)
+        settings = self.settings
+        if settings.mode is not None:
+            keep_alive(sock, settings.limits.keepalive_timeout)
+        self._admission.enter(
+            life, life.remote.host,
+            max_connections=settings.max_connections, max_connections_per_peer=settings.max_connections_per_peer,
+        )  # fmt: skip
+        with trio.move_on_after(settings.handshake_timeout) as life.settling:
+            stream, buffer, connection = await settle(
+                sock, connection_id=life.connection_id, remote=life.remote, local=local, mode=settings.mode,
+                plaintext_peer=self._plaintext_peer, credentials=self._credentials,
+                linger_timeout=settings.limits.linger_timeout,
+            )  # fmt: skip
+        patience, life.settling = life.settling, None
         if patience.cancelled_caught:
-            if trio.current_time() < patience.deadline:
-                raise _Refused("overloaded", "evicted")
-            raise _Refused("handshake_failed", "handshake_timeout")
+            if life.evicted:
+                raise Refused("overloaded", "evicted")
+            raise Refused("handshake_failed", "handshake_timeout")
+        life.peer, life.stream = connection.peer, stream
+        try:
+            self._admission.settled(
+                life, connection.peer, life.remote.host, max_connections_per_peer=settings.max_connections_per_peer
+            )
+        except Refused:
+            await stream.close_gently(settings.limits.linger_timeout)
+            raise
         fresh = _Freshness(stream, connection, self._credentials)
-        life.stream = stream
         life.served = Served(connection, self._handle, self.settings.limits, fresh, draining=self._draining)
-        self._served[life.served] = None
-        await (h2_server if connection.protocol == "h2" else h1_server).serve(stream, buffer, life.served)
+        with self._hangups.watching(stream.fileno(), life.hang_up):
+            await (h2_server if connection.protocol == "h2" else h1_server).serve(stream, buffer, life.served)
         if life.served.evicted:
             life.ended("overloaded", "evicted")
 
-    def _make_room(self) -> None:
-        """End a connection for the one that has come: the oldest whose peer is not settled, else the oldest that is idle.
 
-        So the silent cannot keep out who has something to say. Refuses the newcomer where all are busy.
-        """
-        if (patience := next(iter(self._settling), None)) is not None:
-            del self._settling[patience]
-            patience.cancel()
-            return
-        for served in self._served:
-            if served.idle is not None and not served.evicted:
-                served.evicted = True
-                served.idle.cancel()
-                return
-        raise _Refused("overloaded", "connections_exhausted")
-
-    async def _settle(
-        self, sock: socket.socket, connection_id: str, remote: Address, local: Address
-    ) -> tuple[Stream, bytearray, Connection]:
-        """Find out who is there and what is spoken. Runs in the connection's own task, under its caller's deadline."""
-        mode = self.settings.mode
-        buffer = bytearray()
-        credentials = None
-        if mode in ("strict", "permissive"):
-            first = await peek(sock)
-            if not first:
-                sock.close()
-                raise _Refused("aborted", "no_bytes")
-            if first == tls.HANDSHAKE_RECORD:
-                credentials = self._credentials()
-                if credentials is None:
-                    raise _Refused("handshake_failed", "identity_missing")
-            elif mode == "strict":
-                await _refuse_plaintext(Stream(sock), self.settings.limits.linger_timeout)
-                raise _Refused("plaintext_refused", "plaintext_refused")
-        stream: Stream
-        peer: Peer
-        if credentials is not None:
-            secured = await tls.accept(sock, credentials.server_context, credentials.judge)
-            stream, peer, server_name = secured, secured.peer, secured.server_name
-            protocol = "h2" if secured.alpn == "h2" else "h1"
-        else:
-            stream, peer, server_name = Stream(sock), self._plaintext_peer, None
-            protocol = "h2" if await _prior_knowledge(stream, buffer) else "h1"
-        connection = Connection(
-            id=connection_id, peer=peer, remote=remote, local=local, tls=credentials is not None,
-            server_name=server_name, protocol="h2" if protocol == "h2" else "h1",
-            generation=credentials.generation if credentials is not None else 0,
-        )  # fmt: skip
-        return stream, buffer, connection
-
-
-class _Life:
+class _Life(Guest):
     """What the record of a connection will say."""
 
     def __init__(self, *, connection_id: str, remote: Address) -> None:
@@ -236,18 +200,48 @@ class _Life:
         self.remote = remote
         self.scope = trio.CancelScope()
         self.stream: Stream | None = None
-        self.served: Served | None = None
+        self.peer: Peer | None = None
+        self.hung_up = False
+        """Whether the client is known to have gone."""
+        self._seen: tuple[Answering, int] | None = None
+        """Of a client that has ended its side: its exchange, and how far the answer was at the last look."""
+        self._quiet_since = 0.0
         self._started_at, self._started = time.time(), trio.current_time()
         self._outcome: Outcome = "served"
         self._reason: str | None = None
         self._detail: str | None = None
+
+    def look(self, now: float) -> None:
+        """See whether the client is still there to take its answer. One that has ended its side may be, and is waited for
+        while something moves; of one that has left there will never be another sign (RFC 9112 §9.6).
+        """
+        assert self.stream is not None  # noqa: S101  (for the type checker)
+        assert self.served is not None  # noqa: S101
+        reply, left = self.served.answering, self.stream.left()
+        if reply is None or (left is None and not self.hung_up):
+            return
+        if self.hung_up or left == "reset":
+            self.hang_up()
+            return
+        seen = (reply, reply.bytes_sent)
+        if seen != self._seen or self.stream.unsent():
+            self._seen, self._quiet_since = seen, now
+        elif now - self._quiet_since >= (_ENDED_PATIENCE if reply.started else _UNANSWERED_PATIENCE):
+            self.hang_up()
+
+    def hang_up(self) -> None:
+        """The client has gone. Ends what is done for it; where that is nothing, whoever reads will find out."""
+        self.hung_up = True
+        if self.served is not None and self.served.answering is not None:
+            self.served.answering.gone = True
+            self.scope.cancel()
 
     def ended(self, outcome: Outcome, reason: str, detail: str | None = None) -> None:
         self._outcome, self._reason, self._detail = outcome, reason, detail
 
     def failed(self, error: Exception) -> None:
         match error:
-            case _Refused():
+            case Refused():
                 self.ended(error.outcome, error.reason)
             case tls.HandshakeFailed():
                 self.ended("handshake_failed", error.code, error.detail)
@@ -264,7 +258,7 @@ class _Life:
             connection_id=self.connection_id, listener=direction, remote=self.remote, started_at=self._started_at,
             seconds=trio.current_time() - self._started, outcome=self._outcome,
             reason=self._reason or (served.reason if served is not None else None),
-            peer=served.connection.peer if served is not None else None,
+            peer=self.peer,
             exchanges=served.exchanges if served is not None else 0, detail=self._detail,
         )  # fmt: skip
 
@@ -295,27 +289,3 @@ class _Freshness:
                 return False
             self._generation = credentials.generation
         return True
-
-
-async def _prior_knowledge(stream: Stream, buffer: bytearray) -> bool:
-    """Read until it is clear whether the client begins with the preface of HTTP/2 (RFC 9113 §3.4). Keeps what was read."""
-    while len(buffer) < len(_PREFACE) and _PREFACE.startswith(buffer):
-        data = await stream.receive_some()
-        if not data:
-            break
-        buffer += data
-    return buffer.startswith(_PREFACE)
-
-
-async def _refuse_plaintext(stream: Stream, linger_timeout: float) -> None:
-    """Say in the client's own protocol that this port takes mTLS. Reads the preface of HTTP/2 at most, and parses nothing."""
-    seen = b""
-    while len(seen) < len(_PREFACE) and _PREFACE.startswith(seen):
-        data = await stream.receive_some(len(_PREFACE) - len(seen))
-        if not data:
-            break
-        seen += data
-    try:
-        await stream.send_all(_GO_AWAY if seen == _PREFACE else _UPGRADE_REQUIRED)
-    finally:
-        await stream.close_gently(linger_timeout)

@@ -53,6 +53,7 @@ class TlsStream(Stream):
     __slots__ = ("alpn", "facts", "peer", "server_name")
     _wants_to_read = (ssl.SSLWantReadError,)
     _wants_to_write = (ssl.SSLWantWriteError,)
+    _clean_end = (ssl.SSLZeroReturnError,)  # once we have ended our own side, ssl raises where it returned b""
 
     def __init__(self, sock: _Socket, facts: HandshakeFacts, peer: Workload) -> None:
         super().__init__(sock)
@@ -65,7 +66,15 @@ class TlsStream(Stream):
     async def send_eof(self) -> None:
         """Send close_notify; what the peer still has to say can be read on."""
         await trio.lowlevel.checkpoint()
-        _say_goodbye(self._sock)
+        if not self._closed:
+            goodbye = memoryview(_goodbye(self._sock))
+            while goodbye:
+                try:
+                    goodbye = goodbye[socket.socket.send(self._sock, goodbye) :]
+                except BlockingIOError:
+                    await self._writable()
+                except OSError as error:
+                    raise self._broken(error) from error
 
     def readable_now(self) -> bool:
         return _pending(self._sock) or super().readable_now()
@@ -278,6 +287,34 @@ def _say_goodbye(sock: socket.socket) -> None:
             sock._sslobj.shutdown()  # type: ignore[attr-defined]
     except (OSError, ValueError):
         pass
+
+
+def _goodbye(sock: socket.socket) -> bytes:
+    """The record of a close_notify, to be sent; b"" where it was sent before.
+
+    Python has OpenSSL shut down twice in a row, and the second time it reads: it wants the peer's close_notify, and takes
+    data for a fatal error, though TLS 1.3 lets the peer go on (RFC 8446 §6.1). So for that moment, in which nobody else
+    runs, another socket stands under the descriptor: one that has nothing to be read, and takes what is written.
+    """
+    descriptor = sock.fileno()
+    try:
+        ours, theirs = socket.socketpair()
+        kept = socket.socket(fileno=os.dup(descriptor))
+    except OSError:  # no descriptors are left
+        _say_goodbye(sock)
+        return b""
+    with ours, theirs, kept:
+        ours.setblocking(False)
+        theirs.setblocking(False)
+        os.dup2(ours.fileno(), descriptor, inheritable=False)
+        try:
+            _say_goodbye(sock)
+        finally:
+            os.dup2(kept.fileno(), descriptor, inheritable=False)
+        try:
+            return theirs.recv(65536)
+        except BlockingIOError:
+            return b""
 
 
 def _pending(sock: socket.socket) -> bool:

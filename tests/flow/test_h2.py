@@ -12,6 +12,7 @@ from examples.demo.kit import write
 from support.flow import (
     AGENT,
     INBOUND,
+    OK,
     TARGET,
     UNDEFINED,
     H2Agent,
@@ -499,7 +500,7 @@ async def test_a_caller_that_changes_its_mind_cuts_its_exchange_off_at_the_agent
         await peer.send(RstStreamFrame(1, error_code=CANCEL))
         await trio.sleep(1)
         (line,) = it.access.events("exchange.ended")
-        assert (line["outcome"], line["status"]) == ("aborted", None)
+        assert (line["outcome"], line["status"], line["error"]) == ("aborted", None, "client_gone")
         assert it.agent.messages == [], "half a message is none"
         assert b"0\r\n\r\n" not in bytes(it.agent.received).partition(b"\r\n\r\n")[2]
         it.agent.before = None
@@ -555,7 +556,7 @@ async def test_an_agent_that_changes_its_mind_resets_its_stream_upstream_and_no_
         await trio.sleep(1)
         assert agent.peers[0].resets() == {1: CANCEL}
         (line,) = it.access.events("exchange.ended")
-        assert line["outcome"] == "aborted"
+        assert (line["outcome"], line["error"]) == ("aborted", "client_gone")
         assert (await h2_ask(peer, 3, h2_head("/", scheme="http"))).status == 200
         assert it.network.dialled.count(TARGET) == 1
         nursery.cancel_scope.cancel()
@@ -606,6 +607,179 @@ async def test_a_target_that_resets_its_answer_breaks_it_off_for_the_agent(autoj
         nursery.cancel_scope.cancel()
 
 
+@pytest.mark.parametrize("code", [NO_ERROR, PROTOCOL_ERROR, 2, REFUSED_STREAM, CANCEL, 11, 13, 0xFFFF])
+async def test_a_target_that_resets_instead_of_answering_is_never_an_answer(autojump_clock, tmp_path, code):
+    async def cut(peer: Peer, stream_id: int) -> None:
+        await peer.send(RstStreamFrame(stream_id, error_code=code))
+
+    async with world(tmp_path) as it, trio.open_nursery() as nursery:
+        await serve_h2_target(it, nursery, H2Agent(cut))
+        answer = await h2_ask(await h2_agent_client(it), 1, h2_head(scheme="http"))
+        assert answer.status == (503 if code == REFUSED_STREAM else 502)
+        nursery.cancel_scope.cancel()
+
+
+# ── half-closed connections ───────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_caller_that_ends_its_side_over_tls_gets_its_answer(autojump_clock, tmp_path):
+    async with world(tmp_path) as it:
+        release = trio.Event()
+        it.agent.before = release.wait
+        peer = await h2_client(it, it.credentials())
+        await peer.request(1, h2_head("/slow"))
+        await peer.settle()
+        await peer.stream.send_eof()
+        await trio.sleep(5)
+        release.set()
+        answer = await peer.message(1)
+        assert (answer.status, answer.body, answer.ended) == (200, b"ok", True)
+        await peer.rest()
+        await trio.sleep(3)
+        (line,) = it.access.events("exchange.ended")
+        assert (line["outcome"], line["status"]) == ("allowed", 200)
+        assert it.access.events("connection.ended") == [], "an end in order is not written down"
+        assert 'sidecar_open_connections{listener="inbound"} 0' in (await it.get("/metrics")).decode()
+
+
+async def test_a_caller_that_closes_cuts_its_exchange_off_at_the_agent(autojump_clock, tmp_path):
+    async with world(tmp_path) as it:
+        it.agent.before = trio.sleep_forever
+        peer = await h2_client(it, it.credentials())
+        await peer.request(1, h2_head("/slow"))
+        await trio.sleep(1)
+        peer.stream.close()
+        await trio.sleep(1)
+        (line,) = it.access.events("exchange.ended")
+        assert (line["outcome"], line["error"]) == ("aborted", "client_gone")
+        (line,) = it.access.events("connection.ended")
+        assert line["reason"] == "exchange_aborted"
+
+
+# ── tunnels ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def connect(path: str = "/chat", *extra: tuple[str, str], scheme: str = "https", protocol: str = "websocket"):
+    head = h2_head(path, *extra, method="CONNECT", scheme=scheme)
+    return [head[0], (b":protocol", protocol.encode()), *head[1:]]
+
+
+TAKES_TUNNELS = {SettingsFrame.ENABLE_CONNECT_PROTOCOL: 1}
+
+
+async def test_an_extended_connect_reaches_an_agent_that_speaks_h1_as_an_upgrade(autojump_clock, tmp_path):
+    async with world(tmp_path, extra="policy_input: {headers: [upgrade]}\n") as it:
+        switch = b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: chat\r\nx-a: b\r\n\r\n"
+        it.agent.answer, it.agent.echoes = (lambda _message: switch), True
+        peer = await h2_client(it, it.credentials())
+        await peer.request(1, connect(protocol="chat"), end=False)
+        await peer.data(1, b"hello")
+        await trio.sleep(1)
+        await peer.settle()
+        message = peer.messages[1]
+        assert (message.status, message.body, message.ended) == (200, b"hello", False)
+        assert message.fields[b"x-a"] == b"b"
+        assert names(message.heads[0]).isdisjoint({b"upgrade", b"connection"})
+        (asked,) = it.agent.messages
+        assert asked.startswith(b"GET /chat HTTP/1.1\r\n")
+        assert b"upgrade: chat\r\n" in asked.lower()
+        (question,) = it.opa.questions
+        assert (question["method"], question["path"], question["headers"]) == ("GET", "/chat", {"upgrade": ["chat"]})
+        await peer.send(RstStreamFrame(1, error_code=CANCEL))
+        await trio.sleep(1)
+        (line,) = it.access.events("exchange.ended")
+        assert (line["outcome"], line["error"], line["bytes_sent"]) == ("aborted", "client_gone", 5)
+        it.agent.answer, it.agent.echoes = (lambda _message: OK), False
+        assert (await h2_ask(peer, 3, h2_head("/"))).status == 200
+
+
+async def test_a_denied_tunnel_is_answered_like_any_request(autojump_clock, tmp_path):
+    async with world(tmp_path) as it:
+        it.opa.policy = lambda _question: {"allow": False, "reason": "no chat"}
+        peer = await h2_client(it, it.credentials())
+        await peer.request(1, connect(), end=False)
+        answer = await peer.message(1)
+        assert (answer.status, answer.ended) == (403, True)
+        assert it.agent.received == b""
+
+
+async def test_a_tunnel_of_http2_all_the_way_carries_both_directions_and_both_ends(autojump_clock, tmp_path):
+    async def grant(peer: Peer, stream_id: int) -> None:
+        await peer.send(peer.head(stream_id, [(b":status", b"200")]))
+        await peer.data(stream_id, b"welcome")
+        while not peer.messages[stream_id].ended:
+            await trio.sleep(0.1)
+        await peer.data(stream_id, b"bye", end=True)
+
+    route = ("{target: ", "{protocol: h2, target: ")
+    async with world(tmp_path, change=route) as it, trio.open_nursery() as nursery:
+        agent = H2Agent()
+        agent.at_head, agent.settings = grant, TAKES_TUNNELS
+        await serve_h2_target(it, nursery, agent)
+        peer = await h2_agent_client(it)
+        await peer.request(1, connect(scheme="http"), end=False)
+        await peer.data(1, b"hello")
+        await trio.sleep(1)
+        await peer.settle()
+        assert (peer.messages[1].status, peer.messages[1].body) == (200, b"welcome")
+        (sent,) = agent.messages
+        assert dict(sent.heads[0])[b":protocol"] == b"websocket"
+        assert sent.body == b"hello"
+        assert not sent.ended
+        await peer.data(1, b" and goodbye", end=True)
+        answer = await peer.message(1)
+        assert (answer.body, answer.ended, answer.reset) == (b"welcomebye", True, None)
+        assert sent.body == b"hello and goodbye"
+        await trio.sleep(1)
+        assert agent.peers[0].resets() == {}
+        (line,) = it.access.events("exchange.ended")
+        assert line["outcome"] == "allowed"
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("who", ["caller", "target"])
+async def test_a_tunnel_that_one_side_breaks_is_cancelled_on_the_other(autojump_clock, tmp_path, who):
+    async def grant(peer: Peer, stream_id: int) -> None:
+        await peer.send(peer.head(stream_id, [(b":status", b"200")]))
+        await peer.data(stream_id, b"welcome")
+        if who == "target":
+            await trio.sleep(1)
+            await peer.send(RstStreamFrame(stream_id, error_code=2))
+
+    async with world(tmp_path, change=("{target: ", "{protocol: h2, target: ")) as it, trio.open_nursery() as nursery:
+        agent = H2Agent()
+        agent.at_head, agent.settings = grant, TAKES_TUNNELS
+        await serve_h2_target(it, nursery, agent)
+        peer = await h2_agent_client(it)
+        await peer.request(1, connect(scheme="http"), end=False)
+        await trio.sleep(0.5)
+        await peer.settle()
+        if who == "caller":
+            await peer.send(RstStreamFrame(1, error_code=CANCEL))
+            await trio.sleep(0.1)
+            assert agent.peers[0].resets() == {1: CANCEL}
+        else:
+            answer = await peer.message(1)
+            assert (answer.reset, answer.ended) == (CANCEL, False)
+        await trio.sleep(1)
+        (line,) = it.access.events("exchange.ended")
+        assert line["outcome"] == "aborted"
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_target_that_takes_no_tunnels_is_sent_none_and_the_agent_is_told(autojump_clock, tmp_path):
+    async with world(tmp_path, change=("{target: ", "{protocol: h2, target: ")) as it, trio.open_nursery() as nursery:
+        agent = H2Agent()
+        await serve_h2_target(it, nursery, agent)
+        peer = await h2_agent_client(it)
+        await peer.request(1, connect(scheme="http"), end=False)
+        answer = await peer.message(1)
+        assert (answer.status, json.loads(answer.body)["code"]) == (501, "upgrade_unsupported")
+        assert agent.messages == []
+        assert (await h2_ask(peer, 3, h2_head(scheme="http"))).status == 200
+        nursery.cancel_scope.cancel()
+
+
 # ── drain ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -619,9 +793,11 @@ async def test_drain_says_goodbye_to_idle_and_busy_connections_and_finishes_the_
         await busy.request(1, h2_head("/slow"))
         await trio.sleep(0.5)
         await it.send_signal.send(signal.SIGTERM)
-        assert (await idle.goaway()).error_code == NO_ERROR
         await idle.rest()
-        assert (await busy.goaway()).last_stream_id == 1
+        await busy.settle()
+        for peer, last in ((idle, 0), (busy, 1)):
+            said = [(frame.last_stream_id, frame.error_code) for frame in peer.frames if isinstance(frame, GoAwayFrame)]
+            assert said == [(2**31 - 1, NO_ERROR), (last, NO_ERROR)]
         assert INBOUND not in it.network.listeners
         await busy.request(3, h2_head("/late"))
         assert (await busy.message(3)).reset == REFUSED_STREAM
@@ -645,6 +821,7 @@ async def test_drain_says_goodbye_to_the_agent_and_closes_what_was_kept(autojump
         with trio.fail_after(5):
             await it.stopped.wait()
         await trio.sleep(0.1)
+        assert goodbyes(agent.peers[0]) == [NO_ERROR]
         assert agent.peers[0].stream.closed, "the target has seen the end"
         nursery.cancel_scope.cancel()
 
@@ -663,6 +840,33 @@ async def test_drain_cuts_off_streams_that_do_not_end_in_time(autojump_clock, tm
         assert 1 not in peer.messages or not peer.messages[1].ended
         (line,) = it.access.events("exchange.ended")
         assert line["outcome"] == "aborted"
+
+
+# ── what is neither ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("first", "answer"),
+    [
+        (b"INVALID CONNECTION PREFACE\r\n\r\n", None),
+        (b"GET / RTSP/1.0\r\nHost: target.test\r\n\r\n", 400),
+        (b"GET / HTTP1.1\r\nHost: target.test\r\n\r\n", 400),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\rX", 505),
+        (b"GET / HTTP/3.0\r\nHost: target.test\r\n\r\n", 400),
+        (b"GET /\r\nHost: target.test\r\n\r\n", 505),
+    ],
+)
+async def test_what_is_no_request_line_is_not_answered_in_http(autojump_clock, tmp_path, first, answer):
+    async with world(tmp_path) as it:
+        stream = await it.agent_client()
+        for byte in first:
+            await stream.send_all(bytes((byte,)))
+        said = b""
+        with trio.fail_after(5):
+            while data := await stream.receive_some():
+                said += data
+        assert (status(said) if said else None) == answer
+        assert it.opa.questions == []
 
 
 # ── trust ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 
 import pytest
 import trio
@@ -275,6 +276,54 @@ async def test_an_agent_that_breaks_off_is_seen_as_a_break_and_not_as_an_end(aut
         await trio.sleep(1)
         (line,) = it.access.events("exchange.ended")
         assert (line["outcome"], line["error"]) == ("aborted", "upstream_broke_off")
+
+
+async def test_http_1_0_may_name_no_host_where_the_handshake_named_none(autojump_clock, tmp_path):
+    async with world(tmp_path) as it:
+        stream = await it.client(it.credentials())
+        answer = await ask(stream, b"GET /old HTTP/1.0\r\n\r\n")
+        assert status(answer) == 200
+        assert b"connection: close\r\n" in answer
+        (message,) = it.agent.messages
+        assert message.startswith(b"GET /old HTTP/1.1\r\nhost: \r\n")
+        assert b"x-forwarded-host" not in message
+        assert it.opa.questions[0]["host"] == ""
+        stream = await it.client(it.credentials(), server_name="target.test")
+        assert status(await ask(stream, b"GET /old HTTP/1.0\r\n\r\n")) == 421
+
+
+async def test_an_agent_makes_no_decisions(autojump_clock, tmp_path):
+    async with world(tmp_path) as it:
+        it.agent.answer = lambda _m: b"HTTP/1.1 403 No\r\ncontent-length: 0\r\nX-Decision-Id: forged\r\nx: y\r\n\r\n"
+        answer = await ask(await it.client(it.credentials()), get())
+        assert b"\r\nx: y\r\n" in answer
+        assert b"forged" not in answer
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["X-SSL-Client-Cert", "x_ssl_client_s_dn", "SSL-Client-Verify", "l5d-client-id", "Client-Cert", "X-Original-URI"],
+)
+async def test_what_other_proxies_say_of_a_caller_never_reaches_the_agent(autojump_clock, tmp_path, name):
+    async with world(tmp_path) as it:
+        assert status(await ask(await it.client(it.credentials()), get("/", f"{name}: forged"))) == 200
+        assert b"forged" not in it.agent.received
+
+
+async def test_a_request_that_was_on_its_way_when_a_drain_began_is_served(autojump_clock, tmp_path):
+    async with world(tmp_path) as it:
+        idle = [await it.client(it.credentials()) for _ in range(3)]
+        assert status(await ask(idle[0], get())) == 200
+        await it.send_signal.send(signal.SIGTERM)
+        for stream, wait in zip(idle[:2], (1, 3), strict=True):
+            await trio.sleep(wait)
+            answer = await ask(stream, get())
+            assert status(answer) == 200
+            assert b"connection: close\r\n" in answer
+            assert await stream.receive_some() == b""
+        assert await idle[2].receive_some() == b""
+        await it.stopped.wait()
+        assert len(it.access.events("exchange.ended")) == 3
 
 
 @pytest.mark.parametrize("cut", [b"", b"HTTP/1.1 200", b"HTTP/1.1 200 OK\r\nx: y\r\n", b"nonsense\r\n\r\n"])

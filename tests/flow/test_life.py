@@ -10,7 +10,9 @@ import trio
 
 from examples.demo.kit import write
 from sidecar.errors import OperatorFault
-from support.flow import INBOUND, ask, get, serve_target, status, world
+from sidecar.wire import tls
+from support.flow import INBOUND, ask, get, h2_ask, h2_head, serve_target, status, world
+from support.h2_frames import Peer
 
 
 async def test_health_tells_each_state_in_one_word(autojump_clock, tmp_path):
@@ -48,6 +50,31 @@ async def test_drain_finishes_what_is_open_and_takes_nothing_new(autojump_clock,
         await it.stopped.wait()
         assert len(it.access.events("exchange.ended")) == 3
         nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("accepted", [True, False])
+@pytest.mark.parametrize("alpn", ["http/1.1", "h2"])
+async def test_drain_serves_who_had_connected_and_said_nothing_yet(autojump_clock, tmp_path, alpn, accepted):
+    """Its first request is on its way, and to a client whose new connection ends without an answer it is lost."""
+    async with world(tmp_path) as it:
+        credentials = it.credentials()
+        sock = await it.network.connect(INBOUND)
+        if accepted:
+            await trio.sleep(0.5)
+        it.send_signal.send_nowait(signal.SIGTERM)
+        await trio.sleep(0.5)
+        stream = it._kept(await tls.connect(sock, credentials.client_context((alpn,)), credentials.judge, None))
+        if alpn == "h2":
+            peer = Peer(stream)
+            await peer.start()
+            answer = await h2_ask(peer, 1, h2_head())
+            assert dict(answer.heads[-1])[b":status"] == b"200"
+            await peer.goaway()
+        else:
+            answer = await ask(stream, get())
+            assert status(answer) == 200
+            assert b"connection: close" in answer
+        await it.stopped.wait()
 
 
 async def test_drain_cuts_off_what_does_not_end_in_time(autojump_clock, tmp_path):

@@ -156,6 +156,14 @@ async def test_an_unreadable_memory_of_proofs_closes_the_way_to_plaintext(autoju
         nursery.cancel_scope.cancel()
 
 
+async def test_the_decision_of_the_other_sidecar_is_told_to_the_agent(autojump_clock, tmp_path):
+    async with world(tmp_path) as it, trio.open_nursery() as nursery:
+        await serve_target(it, nursery)
+        it.target.answer = lambda _m: b"HTTP/1.1 403 No\r\ncontent-length: 0\r\nx-decision-id: theirs\r\n\r\n"
+        assert b"x-decision-id: theirs\r\n" in await ask(await it.agent_client(), get())
+        nursery.cancel_scope.cancel()
+
+
 async def test_no_route_is_404(autojump_clock, tmp_path):
     async with world(tmp_path) as it:
         it.text = it.text.replace('{target: "target.test', '{host: known.test, target: "target.test')

@@ -28,6 +28,7 @@ from sidecar.identity import pem_files, verify
 from sidecar.log import Log
 from sidecar.model import Address
 from sidecar.wire import tls
+from sidecar.wire.handover import Alone
 from sidecar.wire.network import Listener, Stream
 from support.h2_frames import DataFrame, Message, Peer
 
@@ -41,10 +42,20 @@ PLAINTEXT_TARGET = Address(host="target.test", port=8000)
 
 
 class PairListener:
-    def __init__(self, network: PairNetwork, address: Address | Path) -> None:
+    def __init__(self, network: PairNetwork, address: Address | Path, shares: PairListener | None = None) -> None:
         self._network = network
         self.address: Any = address
-        self.send, self._receive = trio.open_memory_channel[tuple[socket.socket, Address]](1024)
+        if shares is None:
+            self.send, self._receive = trio.open_memory_channel[tuple[socket.socket, Address]](1024)
+            self._holders = {self}
+        else:
+            self.send, self._receive = shares.send, shares._receive.clone()
+            self._holders = shares._holders
+            self._holders.add(self)
+
+    def share(self) -> PairListener:
+        """Another one at the same queue, as a second process holds it."""
+        return PairListener(self._network, self.address, self)
 
     async def accept(self) -> tuple[socket.socket, Address]:
         try:
@@ -56,8 +67,16 @@ class PairListener:
         return sock, remote
 
     def close(self) -> None:
+        if self not in self._holders:
+            return  # closed already: the address may be somebody else's by now
+        self._holders.discard(self)
+        if self._holders:
+            self._receive.close()  # the queue is somebody else's too
+            return
         self._network.listeners.pop(self.address, None)
         self.send.close()
+
+    finish = close  # what waits in the channel is handed out all the same
 
 
 class PairNetwork:
@@ -66,6 +85,8 @@ class PairNetwork:
     def __init__(self) -> None:
         self.listeners: dict[Address | Path, PairListener] = {}
         self.dialled: list[Address | Path] = []
+        self.names: dict[Address, list[Address]] = {}
+        """What a name leads to; one that is not here leads to itself."""
         self.tap: Callable[[socket.socket, str], socket.socket] = lambda sock, _role: sock
         self.sockets: list[socket.socket] = []
         self.inside: ContextVar[bool] | None = None
@@ -73,6 +94,10 @@ class PairNetwork:
         self.apps_own: list[tuple[str, socket.socket]] = []
         """Sockets that the app dialled or accepted: it has to close them. (TLS detaches the one that it wraps.)"""
         self._ports = itertools.count(40000)
+
+    async def resolve(self, name: Address) -> list[Address]:
+        await trio.lowlevel.checkpoint()
+        return self.names.get(name, [name])
 
     async def connect(self, to: Address | Path) -> socket.socket:
         await trio.lowlevel.checkpoint()
@@ -383,6 +408,7 @@ timeouts: {{drain: 10}}
 async def world(
     tmp_path: Path, *, mode: str = "strict", plaintext: bool = False, extra: str = "", opa: bool = True,
     change: tuple[str, str] = ("", ""), inside: ContextVar[bool] | None = None,
+    succession: Callable[[Any], Any] = lambda _tell: Alone(),
 ) -> AsyncIterator[World]:  # fmt: skip
     """Start it, hand it over, drain it."""
     ca, foreign = CA("a.test"), CA("b.test")
@@ -394,7 +420,9 @@ async def world(
     if change[0]:
         it.text = it.text.replace(*change)
     it.send_signal, signals = trio.open_memory_channel[int](8)
-    it.app = App(it.load(), load=it.load, network=network, log=Log(it.log), access=it.access)  # type: ignore[arg-type]
+    it.app = App(
+        it.load(), load=it.load, network=network, log=Log(it.log), access=it.access, succession=succession,  # type: ignore[arg-type]
+    )  # fmt: skip
     try:
         async with trio.open_nursery() as background:
             background.start_soon(it.agent.serve, await network.listen(AGENT))

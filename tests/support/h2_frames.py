@@ -71,7 +71,7 @@ class Peer:
         self.frames: list[Frame] = []
         self.messages: dict[int, Message] = {}
         self.acknowledges = True
-        """Whether the other side's SETTINGS are acknowledged as they come."""
+        """Whether the other side's SETTINGS and PINGs are acknowledged as they come."""
         self._sent: dict[int, int] = {}
         self._input = bytearray()
         self._block = b""
@@ -178,9 +178,9 @@ class Peer:
         del self._input[: 9 + length]
         self.frames.append(frame)
         self._note(frame)
-        if self.acknowledges and isinstance(frame, SettingsFrame) and "ACK" not in frame.flags:
+        if self.acknowledges and isinstance(frame, SettingsFrame | PingFrame) and "ACK" not in frame.flags:
             try:
-                await self.send(SettingsFrame(0, flags=["ACK"]))
+                await self.send(_acknowledgement(frame))
             except trio.BrokenResourceError:
                 pass
         return frame
@@ -198,3 +198,9 @@ class Peer:
             message.reset = frame.error_code
         if "END_STREAM" in frame.flags:
             message.ended = True
+
+
+def _acknowledgement(frame: SettingsFrame | PingFrame) -> Frame:
+    if isinstance(frame, SettingsFrame):
+        return SettingsFrame(0, flags=["ACK"])
+    return PingFrame(0, opaque_data=frame.opaque_data, flags=["ACK"])

@@ -40,6 +40,8 @@ class Upstream:
     def __init__(self) -> None:
         self.connections: list[bytearray] = []
         self.scripts: dict[bytes, Script] = {}
+        self.answer = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
+        """To whole requests that no script answers."""
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
@@ -81,7 +83,7 @@ class Upstream:
                     if script is not None:
                         script(sock, request.head)
                     elif request.whole:
-                        sock.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
+                        sock.sendall(self.answer)
                     else:
                         break
                     answered += 1
@@ -287,8 +289,10 @@ allow := false if input.segments[0] == "secret"
 
 
 @contextmanager
-def running(directory: Path, opa: Path, **settings: object) -> Iterator[Live]:
-    """Start a sidecar whose policy allows everything but `/secret/**`, and end it. `settings` go into its configuration."""
+def running(directory: Path, opa: Path, prefix: Sequence[str] = (), **settings: object) -> Iterator[Live]:
+    """Start a sidecar whose policy allows everything but `/secret/**`, and end it. `settings` go into its configuration,
+    `prefix` before its command.
+    """
     upstream, ca = Upstream(), kit.CA("example.org")
     kit.write(directory / "caller", ca.svid("/ns/demo/sa/caller"), {})
     kit.write(directory, ca.svid("/ns/demo/sa/backend"), {"example.org": ca.bundle_pem})
@@ -326,9 +330,10 @@ def running(directory: Path, opa: Path, **settings: object) -> Iterator[Live]:
         **settings,
     }  # fmt: skip
     (directory / "sidecar.yaml").write_text(json.dumps(config))
-    with (directory / "sidecar.log").open("wb") as log:
+    with (directory / "sidecar.log").open("ab") as log:
         process = subprocess.Popen(
-            [Path(sys.executable).with_name("sidecar"), "run", "--config", directory / "sidecar.yaml"], stderr=log
+            [*prefix, Path(sys.executable).with_name("sidecar"), "run", "--config", directory / "sidecar.yaml"],
+            stderr=log,
         )
     live = Live(directory=directory, ports=ports, health=health, upstream=upstream, ca=ca, process=process)
     try:

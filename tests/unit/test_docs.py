@@ -72,7 +72,7 @@ def missing_paths(text: str) -> Iterator[str]:
 
 
 def unknown_commands(text: str) -> Iterator[str]:
-    targets = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    targets = set(re.findall(r"^([a-z][a-z0-9-]*):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     for command in commands(text):
         words = command.split()
         words = [word.removeprefix(".venv/bin/") for word in words if "=" not in word or word.startswith("-")]

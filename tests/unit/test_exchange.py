@@ -2,252 +2,25 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import trio
 
-from sidecar.attempt import Attempt, Ids
-from sidecar.errors import ClientFault, MaybeSent, NoAnswer, NoDecision, NotSent, PlaintextOnly, SidecarError
-from sidecar.exchange import Pipeline
+from sidecar.attempt import Attempt, Bucket
+from sidecar.config import Rate
+from sidecar.errors import ClientFault, NoDecision, NotSent, PlaintextOnly, SidecarError
+from sidecar.exchange import Bounds
 from sidecar.model import (
     Aborted,
-    Address,
-    Allow,
-    Anonymous,
-    ClientGone,
-    Connection,
-    Decided,
     Deny,
-    Exchange,
-    Inquiry,
-    Request,
-    RequestHead,
     Response,
     ResponseHead,
-    SpiffeId,
-    Target,
     Trailers,
     Workload,
 )
 from sidecar.wire.answers import Whole
-from sidecar.wire.client import Upstream
-
-AT = Address(host="target.test", port=8443)
-UPSTREAM = Upstream(address=AT, tls=True)
-PLAINTEXT = Upstream(address=Address(host="target.test", port=8000), tls=False)
-PEER = Workload(id=SpiffeId(trust_domain="a.test", path="/target"), not_after=2e9)
-CONNECTION = Connection(
-    id="c1", peer=Anonymous(reason="plaintext"), remote=AT, local=AT, tls=False, server_name=None, protocol="h1", generation=0
-)  # fmt: skip
-HEAD = RequestHead(
-    method="GET", target=Target(path="/x", query="q=1", segments=("x",)), host="a.test", port=None, fields=(),
-    protocol="HTTP/1.1",
-)  # fmt: skip
-INQUIRY = Inquiry(
-    direction="inbound", caller=None, caller_reason="plaintext", method="GET", path="/x", segments=("x",), query={},
-    headers={}, mtls_mode="strict", tls=True, host="a.test", port=None, protocol="HTTP/1.1",
-)  # fmt: skip
-ALLOW = Allow(decision_id="d1", revision="r1", rule="test/rule")
-
-
-class Pieces:
-    """A body of these items; an exception among them is raised, a number is a pause in seconds."""
-
-    ready = False
-
-    def __init__(self, *items: Any, length: int | None = None) -> None:
-        self.length = length
-        self._items = list(items)
-
-    async def receive(self) -> Any:
-        await trio.lowlevel.checkpoint()
-        while self._items:
-            item = self._items.pop(0)
-            if isinstance(item, Exception):
-                raise item
-            if isinstance(item, float):
-                await trio.sleep(item)
-            else:
-                return item
-        return None
-
-
-@dataclass
-class Sent:
-    """One request as an upstream got it, or some of it."""
-
-    upstream: Upstream
-    head: RequestHead | None = None
-    fields: list[tuple[bytes, bytes]] = field(default_factory=list)
-    items: list[Any] = field(default_factory=list)
-    ended: bool = False
-    released: int = 0
-
-
-Script = Callable[[], Any]
-
-
-class FakeStream:
-    """An upstream's stream. `answer` is a list of what `receive` returns or raises; a number is a pause."""
-
-    def __init__(self, sent: Sent, answer: list[Any], *, reused: bool, fails: Exception | None, peer: Workload | None):
-        self.sent = sent
-        self.reused = reused
-        self.peer = peer
-        self.body: Any = Whole(b"ok")
-        self._answer = list(answer)
-        self._fails = fails
-
-    async def send(self, head: RequestHead, fields: Any, body: Any) -> None:
-        await trio.lowlevel.checkpoint()
-        self.sent.head, self.sent.fields = head, list(fields)
-        if self._fails is not None:
-            raise self._fails
-        while (item := await body.receive()) is not None:
-            self.sent.items.append(item)
-        self.sent.ended = True
-
-    async def receive(self) -> ResponseHead:
-        await trio.lowlevel.checkpoint()
-        while self._answer:
-            step = self._answer.pop(0)
-            if isinstance(step, float):
-                await trio.sleep(step)
-            elif isinstance(step, Exception):
-                raise step
-            elif isinstance(step, Response):
-                self.body = step.body
-                return step.head
-            else:
-                return ResponseHead(status=step)
-        return await trio.sleep_forever()
-
-    def tunnel(self) -> Any:
-        raise AssertionError
-
-    def release(self) -> None:
-        self.sent.released += 1
-
-
-class FakeClient:
-    """Opens what the script says, one entry after another, the last one again and again."""
-
-    def __init__(self, *script: Any) -> None:
-        self.script = list(script)
-        self.sent: list[Sent] = []
-
-    async def open(self, upstream: Upstream) -> FakeStream:
-        await trio.lowlevel.checkpoint()
-        entry = self.script.pop(0) if len(self.script) > 1 else self.script[0]
-        if isinstance(entry, Exception):
-            raise entry
-        self.sent.append(Sent(upstream))
-        given = {"answer": [200], "reused": False, "fails": None, "peer": PEER} | entry
-        return FakeStream(self.sent[-1], **given)
-
-
-class FakeReply:
-    def __init__(self) -> None:
-        self.started = False
-        self.bytes_sent = 0
-        self.interims: list[int] = []
-        self.head: ResponseHead | None = None
-        self.items: list[Any] = []
-        self.ended = False
-        self.gone_at: int | None = None
-        """After how many items the client goes away."""
-
-    async def interim(self, head: ResponseHead) -> None:
-        self.interims.append(head.status)
-
-    async def send(self, response: Response) -> None:
-        assert not self.started
-        await trio.lowlevel.checkpoint()
-        self.started = True
-        self.head = response.head
-        while (item := await response.body.receive()) is not None:
-            if self.gone_at is not None and len(self.items) >= self.gone_at:
-                raise ClientGone("the client went away")
-            self.items.append(item)
-            self.bytes_sent += len(item) if isinstance(item, bytes) else 0
-        self.ended = True
-
-    async def tunnel(self, head: ResponseHead) -> Any:
-        raise AssertionError
-
-    @property
-    def problem(self) -> dict[str, Any]:
-        return json.loads(b"".join(self.items))
-
-
-class World:
-    """A pipeline between fakes; `run` carries one request through it."""
-
-    direction = "inbound"
-    mode = "strict"
-    via = b"1.1 us"
-
-    def __init__(self, *script: Any) -> None:
-        self.client = FakeClient(*(script or ({},)))
-        self.decisions: list[Any] = [ALLOW]
-        self.asked: list[Inquiry] = []
-        self.exchanges: list[Exchange] = []
-        self.decided: list[Decided] = []
-        self.open: set[str] = set()
-        self.reply = FakeReply()
-        self.fault: Exception | None = None
-        self.steps: dict[str, Any] = {}
-        self.idle_timeout = 60.0
-
-    # the program
-    def attempt(self, _connection: Connection, request: Request, _ids: Ids) -> Attempt:
-        if self.fault is not None:
-            raise self.fault
-        return Attempt(upstream=UPSTREAM, head=request.head, fields=[(b"x-from", b"us")], inquiry=INQUIRY, **self.steps)
-
-    # the decision point
-    async def decide(self, inquiry: Inquiry) -> Allow | Deny:
-        await trio.lowlevel.checkpoint()
-        self.asked.append(inquiry)
-        answer = self.decisions.pop(0) if len(self.decisions) > 1 else self.decisions[0]
-        if isinstance(answer, Exception):
-            raise answer
-        if isinstance(answer, float):
-            return await trio.sleep_forever()
-        return answer
-
-    # the recorder and the live table
-    def exchange(self, record: Exchange) -> None:
-        self.exchanges.append(record)
-
-    def decided_(self, record: Decided) -> None:
-        self.decided.append(record)
-
-    def enter(self, exchange_id: str, _direction: str) -> None:
-        self.open.add(exchange_id)
-
-    def leave(self, exchange_id: str) -> None:
-        self.open.remove(exchange_id)
-
-    async def run(self, body: Any = None, **head: Any) -> Exchange:
-        recorder = type(
-            "Recorder", (), {"exchange": lambda _, r: self.exchange(r), "decided": lambda _, r: self.decided_(r)}
-        )()
-        pipeline = Pipeline(
-            program=self, decisions=self, client=self.client, recorder=recorder, live=self,
-            idle_timeout=lambda: self.idle_timeout, stopwatch=trio.current_time,
-        )  # type: ignore[arg-type]  # fmt: skip
-        request = Request(head=replace(HEAD, **head), body=body or Whole())
-        await pipeline.handle(CONNECTION, request, self.reply)
-        assert self.open == set()
-        assert all(sent.released == 1 for sent in self.client.sent)
-        (record,) = self.exchanges
-        return record
-
+from support.pipeline import ALLOW, HEAD, INQUIRY, PEER, PLAINTEXT, UPSTREAM, FakeReply, Pieces, World
 
 # ── allowed ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -361,7 +134,7 @@ async def test_a_defect_is_500_with_nothing_of_it_in_the_answer(autojump_clock):
     assert b"secret" not in b"".join(world.reply.items)
     assert (record.outcome, record.error) == ("error", "internal_error")
     assert "ZeroDivisionError: secret" in record.detail
-    assert "test_exchange.py" in record.detail
+    assert "pipeline.py" in record.detail
 
 
 async def test_a_defect_while_a_body_is_sent_is_told_by_its_innermost_error(autojump_clock):
@@ -377,60 +150,6 @@ async def test_a_refusal_to_a_client_that_has_gone_is_written_down_without_a_sta
     world.reply.gone_at = 0
     record = await world.run()
     assert (record.outcome, record.status) == ("denied", None)
-
-
-# ── once more ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-KEPT = {"reused": True}
-GONE = NoAnswer("ended without an answer")
-
-
-@pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "DELETE", "OPTIONS"])
-async def test_a_kept_connection_that_had_ended_costs_no_request_that_may_be_repeated(autojump_clock, method):
-    world = World({**KEPT, "answer": [GONE]}, {})
-    record = await world.run(method=method)
-    assert (record.outcome, record.status, len(world.client.sent), len(world.asked)) == ("allowed", 200, 2, 1)
-
-
-@pytest.mark.parametrize(
-    ("first", "request_", "code"),
-    [
-        ({**KEPT, "answer": [GONE]}, {"method": "POST"}, "upstream_no_answer"),
-        ({**KEPT, "answer": [GONE]}, {"method": "PATCH"}, "upstream_no_answer"),
-        ({**KEPT, "answer": [GONE]}, {"method": "PUT", "body": Pieces(b"x")}, "upstream_no_answer"),
-        ({**KEPT, "answer": [NotSent("refused")]}, {"method": "POST", "body": Pieces(b"x")}, "upstream_unreachable"),
-        ({"answer": [GONE]}, {}, "upstream_no_answer"),
-        ({"answer": [NotSent("refused")]}, {}, "upstream_unreachable"),
-        ({**KEPT, "answer": [MaybeSent("half a head")]}, {}, "upstream_broke_off"),
-        ({**KEPT, "fails": MaybeSent("reset", code="upstream_reset")}, {}, "upstream_reset"),
-    ],
-)
-async def test_what_may_have_been_acted_on_is_not_sent_again(autojump_clock, first, request_, code):
-    world = World(first, {})
-    record = await world.run(**request_)
-    assert (len(world.client.sent), record.outcome, record.error) == (1, "error", code)
-    assert world.reply.problem["status"] in (502, 503)
-
-
-async def test_what_was_not_sent_is_sent_again_whatever_its_method(autojump_clock):
-    world = World({**KEPT, "fails": NotSent("refused")}, {})
-    record = await world.run(method="POST")
-    assert (record.status, len(world.client.sent)) == (200, 2)
-
-
-async def test_an_upstream_that_refuses_again_and_again_is_not_asked_for_ever(autojump_clock):
-    world = World({**KEPT, "answer": [NotSent("refused", code="upstream_refused_stream")]})
-    record = await world.run()
-    assert len(world.client.sent) == 3
-    assert (record.error, world.reply.problem["status"], len(world.asked)) == ("upstream_refused_stream", 503, 1)
-
-
-async def test_a_failed_send_counts_only_where_there_is_no_answer(autojump_clock):
-    reset = MaybeSent("reset", code="upstream_reset")
-    world = World({"fails": reset, "answer": [0.5, 413]})
-    assert (await world.run(Pieces(b"x"), method="POST")).status == 413
-    world = World({"fails": reset, "answer": [0.5, NoAnswer("nothing")]})
-    assert (await world.run(Pieces(b"x"), method="POST")).error == "upstream_reset"
 
 
 # ── down to plaintext ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -516,13 +235,72 @@ async def test_an_exchange_in_which_nothing_moves_is_given_up(autojump_clock):
     record = await world.run()
     assert trio.current_time() - began == pytest.approx(60)
     assert (record.outcome, record.error, record.status) == ("error", "exchange_idle", 504)
+    assert world.client.sent[0].failed == 1
 
 
 async def test_an_answer_in_which_nothing_moves_is_broken_off(autojump_clock):
     world = World({"answer": [Response(head=ResponseHead(status=200), body=Pieces(b"a", 1000.0, b"b"))]})
     record = await world.run()
-    assert (record.outcome, record.status, record.bytes_sent) == ("aborted", 200, 1)
+    assert (record.outcome, record.error, record.status, record.bytes_sent) == ("aborted", "exchange_idle", 200, 1)
     assert not world.reply.ended
+    assert world.client.sent[0].failed == 0
+
+
+# ── bounds ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_route_may_bound_the_whole_of_an_exchange(autojump_clock):
+    world = World({"answer": [8.0, 200]})
+    world.steps = {"timeout": 3.0}
+    began = trio.current_time()
+    record = await world.run()
+    assert trio.current_time() - began == pytest.approx(3)
+    assert (record.outcome, record.error, record.status) == ("error", "route_timeout", 504)
+    assert world.client.sent[0].failed == 1
+
+
+async def test_what_has_begun_when_the_time_of_its_route_is_over_is_broken_off_though_it_moves(autojump_clock):
+    answer = Response(head=ResponseHead(status=200), body=Pieces(*[1.0, b"x"] * 1000))
+    world = World({"answer": [answer]})
+    world.steps = {"timeout": 100.0}
+    record = await world.run()
+    assert (record.outcome, record.error, record.status) == ("aborted", "route_timeout", 200)
+    assert 90 < record.bytes_sent < 100
+    assert not world.reply.ended
+
+
+async def test_a_step_down_has_what_is_left_of_the_time_of_its_route(autojump_clock):
+    world = World(PlaintextOnly("closed"), {"answer": []})
+    stepped(world)
+    world.steps["timeout"] = 3.0
+    began = trio.current_time()
+    assert (await world.run()).error == "route_timeout"
+    assert trio.current_time() - began == pytest.approx(3)
+
+
+async def test_above_its_rate_a_route_answers_429_and_asks_nobody(autojump_clock):
+    world = World()
+    world.steps = {"bucket": Bucket(Rate(per_second=0.1, burst=1))}
+    assert (await world.run()).status == 200
+    world.exchanges.clear()
+    world.reply = FakeReply()
+    record = await world.run()
+    assert (record.outcome, record.error, record.status) == ("error", "rate_limited", 429)
+    assert (b"retry-after", b"10") in world.reply.head.fields
+    assert (len(world.asked), len(world.client.sent)) == (1, 1)
+    assert record.upstream == "target.test:8443"
+
+
+async def test_above_its_limit_of_exchanges_the_sidecar_sheds_before_anybody_is_asked(autojump_clock):
+    world = World()
+    world.bounds = Bounds(max_exchanges=2)
+    world.open = {"another", "one more"}
+    with pytest.raises(AssertionError):
+        await world.run()  # which finds the others still open
+    (record,) = world.exchanges
+    assert (record.outcome, record.error, record.status) == ("error", "overloaded", 503)
+    assert (b"retry-after", b"1") in world.reply.head.fields
+    assert (world.asked, world.client.sent, world.open) == ([], [], {"another", "one more"})
 
 
 async def test_an_exchange_in_which_something_moves_may_last(autojump_clock):
@@ -531,6 +309,14 @@ async def test_an_exchange_in_which_something_moves_may_last(autojump_clock):
     record = await world.run(Pieces(*[50.0, b"y"] * 5), method="POST")
     assert (record.outcome, record.bytes_sent) == ("allowed", 5)
     assert record.seconds == pytest.approx(300)
+
+
+async def test_an_exchange_whose_client_has_gone_says_so(autojump_clock):
+    world = World({"answer": []})
+    with trio.move_on_after(5):
+        world.reply.gone = True
+        await world.run()
+    assert (world.exchanges[0].outcome, world.exchanges[0].error) == ("aborted", "client_gone")
 
 
 @pytest.mark.parametrize("where", ["decision", "upstream", "answer"])

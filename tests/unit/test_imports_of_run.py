@@ -48,7 +48,9 @@ def top_levels(distributions: set[str]) -> set[str]:
 @pytest.fixture(scope="module")
 def loaded() -> set[str]:
     """The top-level names that are loaded once all that serves is: the program, its command and the composition root."""
-    program = "import json, sys, sidecar.__main__, sidecar.cli.run, sidecar.app; print(json.dumps(list(sys.modules)))"
+    program = (
+        "import json, sys, sidecar.__main__, sidecar.cli.run, sidecar.process; print(json.dumps(list(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     return {name.partition(".")[0] for name in json.loads(done.stdout)}
 

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from sidecar.attempt import Attempt, Ids, Seen
-from sidecar.config import AgentUpstream
-from sidecar.errors import ClientFault
+from sidecar.config import AgentUpstream, Rate
+from sidecar.errors import ClientFault, RateLimited
 from sidecar.inbound import Inbound
 from sidecar.model import Address, Anonymous, Connection, Request, RequestHead, SpiffeId, Target, Workload
 from sidecar.wire.answers import Whole
-from sidecar.wire.client import Upstream
+from sidecar.wire.upstream import Upstream
 
 AGENT = Address(host="127.0.0.1", port=8000)
 CALLER = Workload(id=SpiffeId(trust_domain="a.test", path="/ns/demo/caller"), not_after=2e9)
@@ -128,12 +128,51 @@ def test_the_agent_is_spoken_to_in_what_it_understands(protocol, content_type, s
 
 
 @pytest.mark.parametrize(
-    ("token", "protocol", "kept"),
-    [("websocket", "auto", "websocket"), ("websocket", "h2c", None), ("h2c", "auto", None), ("TLS/1.3", "auto", None)],
+    ("token", "method", "protocol", "kept", "spoken"),
+    [
+        ("websocket", "GET", "auto", "websocket", "h1"),
+        ("websocket", "GET", "h1", "websocket", "h1"),
+        ("websocket", "GET", "h2c", "websocket", "h2"),
+        ("tcp", "POST", "auto", "tcp", "h1"),
+        ("tcp", "POST", "h2c", None, "h2"),
+        *((token, "GET", "auto", None, "h1") for token in ("h2c", "H2C", "h2", "TLS/1.3", "tls", "HTTP/3", "http/1.1")),
+    ],
 )
-def test_only_an_upgrade_that_can_be_carried_is_asked_for(token, protocol, kept):
+def test_only_an_upgrade_that_can_be_carried_is_asked_for(token, method, protocol, kept, spoken):
     by = program(agent=AgentUpstream(address=AGENT, protocol=protocol))
-    assert planned(by=by, upgrade=token).head.upgrade == kept
+    attempt = planned(by=by, upgrade=token, method=method)
+    assert (attempt.head.upgrade, attempt.upstream.protocol) == (kept, spoken)
+
+
+def test_an_upgrade_is_for_an_agent_that_says_grpc_what_it_is_for_any():
+    attempt = planned(upgrade="websocket", method="GET", fields=[(b"content-type", b"application/grpc")])
+    assert (attempt.head.upgrade, attempt.upstream.protocol) == ("websocket", "h1")
+
+
+@pytest.mark.parametrize("token", ["h2c", "TLS/1.3", "http/1.1"])
+def test_a_tunnel_that_would_take_over_the_connection_is_refused_where_there_is_nothing_else_to_ask_for(token):
+    with pytest.raises(ClientFault) as fault:
+        planned(upgrade=token, method="GET", protocol="HTTP/2")
+    assert (fault.value.code, fault.value.status) == ("tunnel_unsupported", 501)
+
+
+@pytest.mark.parametrize(("token", "shown"), [("WebSocket", ("websocket",)), ("h2c", None), (None, None)])
+def test_policy_sees_the_upgrade_that_is_asked_for_where_it_is_listed(token, shown):
+    by = program(seen=lambda: Seen(headers=frozenset({b"upgrade"}), query=frozenset()))
+    attempt = planned(by=by, upgrade=token, method="GET", fields=[(b"upgrade", b"forged"), (b"connection", b"upgrade")])
+    assert attempt.inquiry.headers.get("upgrade") == shown
+    assert planned(upgrade=token, method="GET").inquiry.headers == {}
+
+
+def test_the_limits_of_the_listener_hold_for_each_request():
+    attempt = planned(by=program(timeout=3.0, retries=2, rate=Rate(per_second=1.0, burst=1)))
+    assert (attempt.timeout, attempt.retries, attempt.upstream_decides) == (3.0, 2, False)
+    assert attempt.bucket is not None
+    attempt.bucket.take(0.0)
+    with pytest.raises(RateLimited):
+        attempt.bucket.take(0.5)
+    attempt = planned()
+    assert (attempt.timeout, attempt.retries, attempt.bucket) == (None, 1, None)
 
 
 def test_a_second_method_is_refused():

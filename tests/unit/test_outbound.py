@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sidecar.attempt import Attempt, Ids, Seen
-from sidecar.config import Route
+from sidecar.config import Rate, Route
 from sidecar.errors import ClientFault, NoRoute, NotSent, PlaintextOnly
 from sidecar.identity.proven import Proven
 from sidecar.model import Address, Connection, LocalProcess, Request, RequestHead, SpiffeId, Target, Workload
@@ -119,7 +119,10 @@ def test_an_encoded_slash_passes_only_on_a_route_that_takes_it(proven):
         ("strict", {}, {}, "auto", True),
         ("strict", {"protocol": "h2"}, {}, "h2", True),
         ("strict", {"protocol": "h1"}, {}, "h1", True),
-        ("strict", {"protocol": "h2"}, {"upgrade": "websocket"}, "h1", True),
+        ("strict", {}, {"upgrade": "websocket"}, "h1", True),
+        ("strict", {"protocol": "h2"}, {"upgrade": "websocket"}, "h2", True),
+        ("strict", {}, {"upgrade": "h2c"}, "auto", True),
+        ("disabled", {}, {"upgrade": "websocket"}, "h1", False),
         ("disabled", {}, {}, "h1", False),
         ("disabled", {"protocol": "h2"}, {}, "h2", False),
         ("disabled", {}, {"fields": [(b"content-type", b"application/grpc")]}, "h2", False),
@@ -128,7 +131,7 @@ def test_an_encoded_slash_passes_only_on_a_route_that_takes_it(proven):
 def test_the_protocol_is_that_of_the_route_unless_the_request_needs_another(proven, mode, given, head, spoken, tls):
     attempt = Planner(proven, route(**given), mode=mode).planned(**head)
     assert (attempt.upstream.protocol, attempt.upstream.tls) == (spoken, tls)
-    assert attempt.head.upgrade == head.get("upgrade")
+    assert attempt.head.upgrade == (head.get("upgrade") if head.get("upgrade") != "h2c" else None)
 
 
 def test_where_mtls_is_disabled_nobody_proves_and_nobody_claims_anything(proven):
@@ -205,3 +208,41 @@ async def test_a_proof_that_cannot_be_kept_is_told_and_holds_up_nothing(proven, 
     ((name, error),) = planner.failures
     assert (name, type(error)) == (str(TARGET), IsADirectoryError)
     assert str(TARGET) in proven
+
+
+def test_an_upgrade_that_extended_connect_has_no_room_for_is_left_out(proven):
+    planner = Planner(proven, route(protocol="h2"))
+    assert planner.planned(method="POST", upgrade="tcp").head.upgrade is None
+    assert planner.planned(method="GET", upgrade="tcp").head.upgrade == "tcp"
+
+
+def test_the_limits_of_the_route_hold_for_each_request(proven):
+    planner = Planner(
+        proven,
+        route(name="a", host="a.test", timeout=3.0, retries=2, rate=Rate(per_second=1.0, burst=1)),
+        route(name="b"),
+    )
+    attempt = planner.planned(host="a.test")
+    assert (attempt.timeout, attempt.retries) == (3.0, 2)
+    assert attempt.bucket is planner.planned(host="a.test").bucket is not None
+    attempt = planner.planned(host="b.test")
+    assert (attempt.timeout, attempt.retries, attempt.bucket) == (None, 1, None)
+
+
+def test_a_bucket_outlives_a_reload_that_leaves_its_rate_alone():
+    rate = Rate(per_second=1.0, burst=1)
+    before = Routes([route(rate=rate)], "strict")
+    bucket = before.leg("x", "/").bucket
+    assert bucket is not None
+    assert Routes([route(rate=rate, timeout=1.0)], "strict", before).leg("x", "/").bucket is bucket
+    assert Routes([route(rate=rate)], "strict").leg("x", "/").bucket is not bucket
+    assert Routes([route(rate=Rate(per_second=2.0, burst=1))], "strict", before).leg("x", "/").bucket is not bucket
+    assert Routes([route()], "strict", before).leg("x", "/").bucket is None
+
+
+def test_decisions_are_believed_of_those_who_proved_themselves(proven):
+    planner = Planner(proven, route(plaintext=PLAINTEXT), mode="permissive")
+    attempt = planner.planned()
+    assert attempt.upstream_decides
+    assert attempt.step_down is not None
+    assert not attempt.step_down(PlaintextOnly()).upstream_decides

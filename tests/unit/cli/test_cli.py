@@ -24,11 +24,11 @@ def file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def app(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def process(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """Stands for the server, which a test of the command line must not start."""
-    module = ModuleType("sidecar.app")
-    monkeypatch.setitem(sys.modules, "sidecar.app", module)
-    monkeypatch.setattr(sidecar, "app", module, raising=False)
+    module = ModuleType("sidecar.process")
+    monkeypatch.setitem(sys.modules, "sidecar.process", module)
+    monkeypatch.setattr(sidecar, "process", module, raising=False)
     return module
 
 
@@ -69,7 +69,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("sidecar ")
 
 
-def test_run_lets_the_app_read_the_file_and_hands_its_code_back(app: ModuleType, file: Path) -> None:
+def test_run_lets_the_app_read_the_file_and_hands_its_code_back(process: ModuleType, file: Path) -> None:
     read: list[Config] = []
 
     def run(load: Callable[[], Config]) -> int:
@@ -79,14 +79,14 @@ def test_run_lets_the_app_read_the_file_and_hands_its_code_back(app: ModuleType,
         read.append(load())
         return 7
 
-    app.run = run  # type: ignore[attr-defined]
+    process.run = run  # type: ignore[attr-defined]
     assert cli.main(["run", "--config", str(file)]) == 7
     assert [one.state_dir for one in read] == [file.parent / "state", file.parent / "elsewhere"]
 
 
-def test_run_tells_all_that_is_wrong(app: ModuleType, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_tells_all_that_is_wrong(process: ModuleType, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file.write_text(SOUND + "zebra: 1\nmtls_mode: off\n")
-    app.run = lambda load: load()  # type: ignore[attr-defined]
+    process.run = lambda load: load()  # type: ignore[attr-defined]
     assert cli.main(["run", "--config", str(file)]) == 1
     assert capsys.readouterr().err.splitlines() == [
         f"{file}:4: zebra: is not a known key",
@@ -94,29 +94,29 @@ def test_run_tells_all_that_is_wrong(app: ModuleType, file: Path, capsys: pytest
     ]
 
 
-def test_an_operators_mistake_has_no_traceback(app: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_operators_mistake_has_no_traceback(process: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     def run(load: Callable[[], Config]) -> int:
         raise OperatorFault("identity.key: k.pem: is encrypted")
 
-    app.run = run  # type: ignore[attr-defined]
+    process.run = run  # type: ignore[attr-defined]
     assert cli.main(["run", "--config", "sidecar.yaml"]) == 1
     assert capsys.readouterr().err == "sidecar: identity.key: k.pem: is encrypted\n"
 
 
-def test_our_own_mistake_has_one(app: ModuleType) -> None:
+def test_our_own_mistake_has_one(process: ModuleType) -> None:
     def run(load: Callable[[], Config]) -> int:
         raise RuntimeError("bug")
 
-    app.run = run  # type: ignore[attr-defined]
+    process.run = run  # type: ignore[attr-defined]
     with pytest.raises(RuntimeError):
         cli.main(["run", "--config", "sidecar.yaml"])
 
 
-def test_an_interrupt_is_not_a_traceback(app: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interrupt_is_not_a_traceback(process: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     def run(load: Callable[[], Config]) -> int:
         raise KeyboardInterrupt
 
-    app.run = run  # type: ignore[attr-defined]
+    process.run = run  # type: ignore[attr-defined]
     assert cli.main(["run", "--config", "sidecar.yaml"]) == 1
     assert capsys.readouterr().err == "sidecar: interrupted\n"
 

@@ -65,7 +65,7 @@ def test_no_change_is_no_change() -> None:
         (replace(OLD, health=Health(listen=ELSEWHERE)), Changes(refused=("health.listen",))),
         (replace(OLD, policy_input=PolicyInput(query=("q",))), Changes(live=("policy_input.query",))),
         (replace(OLD, timeouts=replace(OLD.timeouts, drain=1.0)), Changes(live=("timeouts.drain",))),
-        (replace(OLD, limits=replace(OLD.limits, max_connections=1)), Changes(refused=("limits.max_connections",))),
+        (replace(OLD, limits=replace(OLD.limits, max_connections=1)), Changes(live=("limits.max_connections",))),
         (replace(OLD, log=replace(OLD.log, level="debug")), Changes(live=("log.level",))),
         (replace(OLD, log=replace(OLD.log, access="none")), Changes(refused=("log.access",))),
     ],

@@ -58,7 +58,31 @@ def test_two_processes_that_overlap_lose_nothing_of_each_other(tmp_path):
     new.add("b:1")
     old.add("c:1")
     assert json.loads(path.read_text()) == {"proven": ["a:1", "b:1", "c:1"]}
-    assert "b:1" in old, "what the other one learnt is learnt with the next addition"
+
+
+def test_what_the_other_one_has_seen_binds_at_once(tmp_path):
+    """Or the old one of two would still step down to plaintext for a target that has proven itself to the new one."""
+    path = tmp_path / "proven.json"
+    old, new = Proven(path), Proven(path)
+    old.load()
+    new.load()
+    assert "a:1" not in old
+    new.add("a:1")
+    assert "a:1" in old
+    new.add("b:1")
+    assert "b:1" in old
+    assert "c:1" not in old
+
+
+def test_what_cannot_be_looked_at_counts_as_all_of_them_for_as_long(tmp_path):
+    path = tmp_path / "proven.json"
+    proven = Proven(path)
+    proven.load()
+    path.write_text("spoilt")
+    assert "a:1" in proven
+    path.write_text('{"proven": ["b:1"]}')
+    assert "a:1" not in proven
+    assert "b:1" in proven
 
 
 def test_many_threads_may_add_at_once(tmp_path):

@@ -41,7 +41,7 @@ def raised(tree: ast.Module) -> Iterator[str]:
                 for keyword in node.keywords:
                     if keyword.arg == "code":
                         yield from words(keyword.value)
-                if name(node.func) == "_Refused":
+                if name(node.func).lstrip("_") == "Refused":
                     yield from words(node.args[1])
             case ast.Call(func=ast.Attribute(attr="ended"), args=[_, reason, *_]):
                 yield from words(reason)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import gc
-import math
 import socket
 import struct
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 import pytest
@@ -16,136 +14,38 @@ import trio
 
 from examples.demo.kit import CA
 from sidecar.errors import MaybeSent, NoAnswer, NotSent, OurFault, PeerRejected, PlaintextOnly, SidecarError
-from sidecar.identity import verify
-from sidecar.model import Aborted, Address, Body, Identity, RequestHead, SpiffeId, Target, Workload
+from sidecar.model import Aborted, SpiffeId, Workload
 from sidecar.wire import tls
 from sidecar.wire.answers import Whole
-from sidecar.wire.client import Client, ClientSettings, Upstream, UpstreamStream
+from sidecar.wire.client import Client, ClientSettings, Upstream
 from sidecar.wire.network import Stream
-from support.flow import Agent, H2Agent, PairListener, PairNetwork, h2_ok
+from support.flow import Agent, H2Agent, PairNetwork, h2_ok
 from support.h2_frames import DataFrame, GoAwayFrame, Peer, RstStreamFrame, SettingsFrame
-
-AT = Address(host="target.test", port=8443)
-TARGET_ID = SpiffeId(trust_domain="a.test", path="/target")
-PLAIN = Upstream(address=AT, tls=False)
-H2C = replace(PLAIN, protocol="h2")
-SECURED = Upstream(address=AT, tls=True, allowed=frozenset({TARGET_ID}), server_name="target.test", protocol="auto")
-HEAD = RequestHead(
-    method="GET", target=Target(path="/x", query=None, segments=("x",)), host="target.test", port=None, fields=(),
-    protocol="HTTP/1.1",
-)  # fmt: skip
-OUR_CA = CA("a.test")
-OUR_SVID = OUR_CA.svid("/me")
-TARGET_SVID = OUR_CA.svid("/target")
-
-
-def credentials(svid=OUR_SVID, *, trusted: CA = OUR_CA, generation: int = 1) -> tls.Credentials:
-    identity = Identity(
-        id=SpiffeId(trust_domain="a.test", path="/x"), chain=svid.chain_pem, key=svid.key_pem,
-        trust={"a.test": frozenset({trusted.der})}, not_after=math.inf, generation=generation,
-    )  # fmt: skip
-    return tls.Credentials(identity, verify.judge)
-
-
-def h1_only(svid=TARGET_SVID) -> tls.Credentials:
-    made = credentials(svid)
-    made.server_context.set_alpn_protocols(["http/1.1"])
-    return made
-
-
-class Ours:
-    """The identity in force; tests replace it."""
-
-    def __init__(self) -> None:
-        self.now: tls.Credentials | None = credentials()
+from support.pools import (
+    AT,
+    H2C,
+    HEAD,
+    OUR_CA,
+    PLAIN,
+    SECURED,
+    TARGET_ID,
+    TARGET_SVID,
+    Ours,
+    converse,
+    credentials,
+    end_of,
+    exchange,
+    failed,
+    h1_only,
+    pool,
+    served,
+    unanswered,
+)
 
 
 @pytest.fixture
 def ours() -> Ours:
     return Ours()
-
-
-@asynccontextmanager
-async def pool(network: PairNetwork, ours: Ours | None = None, **settings) -> AsyncIterator[Client]:
-    client = Client(network, lambda: ours.now if ours is not None else None, ClientSettings(**settings))
-    async with trio.open_nursery() as nursery:
-        await nursery.start(client.run)
-        yield client
-        nursery.cancel_scope.cancel()
-
-
-@asynccontextmanager
-async def served(
-    network: PairNetwork, speak: Callable[[Stream], Awaitable[None]], secured: tls.Credentials | None = None,
-    *, delay: float = 0,
-) -> AsyncIterator[None]:  # fmt: skip
-    """Let each connection be spoken to by `speak`, after mTLS with `secured` that begins after `delay`."""
-    listener = await network.listen(AT)
-
-    async def one(sock: socket.socket) -> None:
-        await trio.sleep(delay)
-        try:
-            stream = Stream(sock) if secured is None else await tls.accept(sock, secured.server_context, secured.judge)
-        except (PeerRejected, OSError):
-            return
-        try:
-            await speak(stream)
-        except (EOFError, trio.BrokenResourceError, trio.ClosedResourceError):
-            pass
-        finally:
-            stream.close()
-
-    async with trio.open_nursery() as nursery:
-
-        async def accept() -> None:
-            while True:
-                nursery.start_soon(one, (await listener.accept())[0])
-
-        nursery.start_soon(accept)
-        yield
-        nursery.cancel_scope.cancel()
-    listener.close()
-    for sock in network.sockets:
-        sock.close()
-
-
-@asynccontextmanager
-async def unanswered(network: PairNetwork) -> AsyncIterator[PairListener]:
-    """A port behind which nobody says anything."""
-    yield await network.listen(AT)
-    for sock in network.sockets:
-        sock.close()
-
-
-async def exchange(client: Client, upstream: Upstream, body: Body | None = None, method: str = "GET") -> bytes:
-    """The body of the answer to one request."""
-    stream = await client.open(upstream)
-    try:
-        return await converse(stream, body, method)
-    finally:
-        stream.release()
-
-
-async def converse(stream: UpstreamStream, body: Body | None = None, method: str = "GET") -> bytes:
-    await stream.send(replace(HEAD, method=method), [], body or Whole())
-    head = await stream.receive()
-    assert head.status == 200
-    data = b""
-    while isinstance(item := await stream.body.receive(), bytes):
-        data += item
-    return data
-
-
-async def end_of(sock: socket.socket) -> None:
-    """Read until the other side has closed. Hangs where it has not."""
-    while True:
-        try:
-            if not sock.recv(65536):
-                return
-        except BlockingIOError:
-            await trio.lowlevel.wait_readable(sock)
-        except OSError:
-            return
 
 
 # ── kept h1 connections ───────────────────────────────────────────────────────────────────────────────────────────
@@ -480,13 +380,6 @@ async def test_an_upstream_that_must_speak_h2_and_does_not_gets_nothing(autojump
 # ── waiting for a connection that somebody else makes ─────────────────────────────────────────────────────────────
 
 
-async def failed(client: Client, upstream: Upstream) -> SidecarError:
-    with pytest.raises(SidecarError) as raised:
-        stream = await client.open(upstream)
-        stream.release()
-    return raised.value
-
-
 async def test_what_fails_for_one_fails_for_all_who_waited_with_it_and_not_one_after_the_other(autojump_clock, ours):
     network = PairNetwork()
     async with unanswered(network), pool(network, ours, handshake_timeout=5.0) as client:
@@ -689,7 +582,7 @@ async def test_giving_up_in_the_middle_leaves_no_socket_open(autojump_clock, our
             far, _ = await listener.accept()
             with trio.fail_after(1):
                 await end_of(far)
-        assert client._connecting == {}
+        assert [(pool.connecting, pool.pending) for pool in client._pools.values()] == [(0, None)]
 
 
 # ── what goes wrong with a request ────────────────────────────────────────────────────────────────────────────────

@@ -139,6 +139,39 @@ def test_an_upgrade_counts_only_where_connection_names_it():
     assert request(b"GET / HTTP/1.1\r\nHost: a\r\nUpgrade: a, b\r\nConnection: Upgrade\r\n\r\n")[0].upgrade is None
 
 
+@pytest.mark.parametrize(
+    ("line", "framing"),
+    [(b"Content-Length: 2\r\n", 2), (b"Transfer-Encoding: chunked\r\n", h1.CHUNKED), (b"Content-Length: 0\r\n", 0)],
+)
+def test_an_upgrade_is_not_offered_with_a_body(line, framing):
+    head, found, _ = request(b"POST / HTTP/1.1\r\nHost: a\r\nUpgrade: x\r\nConnection: Upgrade\r\n" + line + b"\r\n")
+    assert (head.upgrade, found) == (None if framing else "x", framing)
+
+
+def test_who_speaks_1_0_neither_upgrades_nor_waits_for_continue():
+    head, _, _ = request(
+        b"POST / HTTP/1.0\r\nConnection: upgrade\r\nUpgrade: x\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n"
+    )
+    assert (head.upgrade, head.expects_continue) == (None, False)
+    assert b"expect" not in dict(head.fields)
+
+
+@pytest.mark.parametrize(("spare", "fits"), [(0, True), (-1, False)])
+def test_a_request_line_has_a_limit_of_its_own(spare, fits):
+    line = b"GET /" + b"x" * 500 + b" HTTP/1.1"
+    limit = len(line) + spare
+    raw = line + b"\r\nHost: a\r\n\r\n"
+    if fits:
+        request(raw, max_request_line_bytes=limit)
+        h1.request_line_fits(line, limit)
+    else:
+        assert fault(raw, max_request_line_bytes=limit) == "request_line_too_long"
+        for part in (line, line + b"\r"):
+            with pytest.raises(ClientFault) as caught:
+                h1.request_line_fits(part, limit)
+            assert caught.value.status == 414
+
+
 @pytest.mark.parametrize("status", [100, 204, 304])
 def test_some_answers_have_no_body_whatever_length_they_state(status):
     _, framing, _ = response(b"HTTP/1.1 %d X\r\nContent-Length: 5\r\n\r\n" % status)
@@ -297,10 +330,6 @@ def test_an_answer_is_read_back_as_the_same(status, fields, framing):
     framing_names = (b"content-length", b"transfer-encoding")
     assert [field for field in read.fields if field[0] not in framing_names] == fields
     assert (read.status, found, keep) == (status, framing, True)
-
-
-def test_dates_are_those_of_http():
-    assert h1.http_date(784111777) == b"Sun, 06 Nov 1994 08:49:37 GMT"
 
 
 async def test_a_body_is_ready_only_when_an_item_of_it_is():

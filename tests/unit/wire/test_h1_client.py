@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from dataclasses import replace
 from typing import Any
 
@@ -192,8 +194,88 @@ async def test_what_came_behind_a_switch_belongs_to_the_tunnel(autojump_clock, e
     assert await stream.receive_some() == b"early"
     await stream.send_all(b"x")
     assert await ends.server.receive_some() == b"x"
+    assert not ends.client.finished
+    await stream.send_eof()
+    assert await ends.server.receive_some() == b""
     assert ends.client.finished
     assert not ends.client.reusable
+
+
+SWITCHED = b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\n%b\r\n"
+
+
+@pytest.mark.parametrize(
+    ("named", "code"),
+    [
+        (b"", "upstream_malformed"),
+        (b"upgrade: other\r\n", "upgrade_malformed"),
+        (b"upgrade: echo/2\r\n", "upgrade_malformed"),
+        (b"upgrade: echo, x\r\n", "upgrade_malformed"),
+        (b"upgrade: x\r\nupgrade: echo\r\n", "upgrade_malformed"),
+    ],
+)
+async def test_an_upstream_switches_to_what_it_was_asked_for_or_not_at_all(autojump_clock, ends, named, code):
+    await ends.ask(upgrade="echo")
+    await ends.server.send_all(SWITCHED % named)
+    with pytest.raises(MaybeSent) as fault:
+        await ends.client.receive()
+    assert fault.value.code == code
+    assert not ends.client.finished
+
+
+async def test_the_name_of_a_protocol_has_no_case(autojump_clock, ends):
+    await ends.ask(upgrade="echo")
+    await ends.server.send_all(SWITCHED % b"upgrade: Echo\r\n")
+    assert (await ends.client.receive()).status == 101
+
+
+async def test_a_switch_that_nobody_asked_for_is_malformed(autojump_clock, ends):
+    await ends.ask()
+    await ends.server.send_all(SWITCHED % b"upgrade: echo\r\n")
+    with pytest.raises(MaybeSent) as fault:
+        await ends.client.receive()
+    assert fault.value.code == "upstream_malformed"
+
+
+def field(raw: bytes, name: bytes) -> bytes:
+    return raw.partition(name + b": ")[2].partition(b"\r\n")[0]
+
+
+async def test_a_websocket_without_a_key_gets_one_and_its_proof_is_checked(autojump_clock, ends):
+    sent = await ends.ask("GET", None, (b"sec-websocket-version", b"13"), upgrade="websocket")
+    key = field(sent, b"sec-websocket-key")
+    assert len(base64.b64decode(key)) == 16
+    accept = base64.b64encode(hashlib.sha1(key + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest())
+    await ends.server.send_all(SWITCHED % b"upgrade: websocket\r\nsec-websocket-accept: %b\r\nx: y\r\n" % accept)
+    head = await ends.client.receive()
+    assert dict(head.fields).get(b"x") == b"y"
+    assert b"sec-websocket-accept" not in dict(head.fields)
+
+
+@pytest.mark.parametrize("accept", [b"", b"sec-websocket-accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n"])
+async def test_a_websocket_that_was_accepted_without_its_key_was_not_understood(autojump_clock, ends, accept):
+    await ends.ask(upgrade="websocket")
+    await ends.server.send_all(SWITCHED % (b"upgrade: websocket\r\n" + accept))
+    with pytest.raises(MaybeSent) as fault:
+        await ends.client.receive()
+    assert fault.value.code == "upgrade_malformed"
+
+
+async def test_the_key_of_a_client_is_its_own_to_check(autojump_clock, ends):
+    sent = await ends.ask("GET", None, (b"sec-websocket-key", b"theirs"), upgrade="websocket")
+    assert sent.count(b"sec-websocket-key") == 1
+    await ends.server.send_all(SWITCHED % b"upgrade: websocket\r\nsec-websocket-accept: wrong\r\n")
+    assert dict((await ends.client.receive()).fields)[b"sec-websocket-accept"] == b"wrong"
+
+
+async def test_an_upstream_that_has_spoken_at_all_has_given_an_answer(autojump_clock, ends):
+    await ends.ask()
+    await ends.server.send_all(b"HTTP/1.1 100 Continue\r\n\r\n")
+    assert (await ends.client.receive()).status == 100
+    ends.server.close()
+    with pytest.raises(MaybeSent) as fault:
+        await ends.client.receive()
+    assert type(fault.value) is MaybeSent
 
 
 async def test_a_connection_that_the_server_has_spoken_on_or_ended_is_stale(autojump_clock, ends):

@@ -147,13 +147,53 @@ async def test_a_head_that_does_not_end_is_answered_408(autojump_clock, raw):
     assert served.reason == "head_timeout"
 
 
-async def test_a_drain_ends_an_idle_connection_at_once(autojump_clock):
+async def test_a_drain_leaves_an_idle_connection_for_a_moment_and_then_ends_it(autojump_clock):
+    async with serving(drain_idle_timeout=5.0) as (client, served):
+        await client.send_all(GET)
+        await client.receive_some()
+        began = trio.current_time()
+        served.drain()
+        assert await client.receive_some() == b""
+        assert trio.current_time() - began == pytest.approx(5, abs=0.2)
+    assert served.reason == "draining"
+
+
+async def test_a_request_that_was_on_its_way_when_a_drain_began_is_served_as_the_last(autojump_clock):
+    async with serving(drain_idle_timeout=5.0) as (client, served):
+        await trio.sleep(1)
+        served.drain()
+        await trio.sleep(4)
+        await client.send_all(GET + GET)
+        answer = await all_of(client)
+        assert answer.count(b"HTTP/1.1 200 OK\r\n") == 1
+        assert b"connection: close\r\n" in answer
+    assert served.exchanges == 1
+
+
+async def test_a_drain_gives_no_longer_than_idleness_would(autojump_clock):
+    async with serving(drain_idle_timeout=50.0, idle_timeout=3.0) as (client, served):
+        await trio.sleep(1)
+        began = trio.current_time()
+        served.drain()
+        assert await client.receive_some() == b""
+        assert trio.current_time() - began == pytest.approx(2, abs=0.2)
+
+
+async def test_a_connection_that_comes_while_we_drain_has_the_same_moment(autojump_clock):
+    async with serving(draining=True, drain_idle_timeout=5.0) as (client, served):
+        began = trio.current_time()
+        assert await client.receive_some() == b""
+        assert trio.current_time() - began == pytest.approx(5, abs=0.2)
+    assert served.reason == "draining"
+
+
+async def test_room_is_made_of_an_idle_connection_at_once_even_in_a_drain(autojump_clock):
     async with serving() as (client, served):
         await trio.sleep(1)
         served.drain()
+        served.idle.cancel()
         with trio.fail_after(0.1):
             assert await client.receive_some() == b""
-    assert served.reason == "draining"
 
 
 async def test_a_drain_lets_the_request_finish_and_takes_no_other(autojump_clock):
@@ -200,6 +240,24 @@ async def test_trust_that_ends_while_a_request_is_served_ends_the_connection_beh
     async with serving(handle, fresh=lambda: trusted) as (client, _served):
         await client.send_all(GET)
         assert b"connection: close\r\n" in await all_of(client)
+
+
+@pytest.mark.parametrize("sent", [b"GET /" + b"x" * 300, b"GET /" + b"x" * 300 + b" HTTP/1.1\r\nHost: a\r\n\r\n"])
+async def test_a_request_line_has_its_own_limit(autojump_clock, sent):
+    async with serving(max_request_line_bytes=256) as (client, served):
+        await client.send_all(GET)
+        assert (await client.receive_some()).startswith(b"HTTP/1.1 200 ")
+        await client.send_all(sent)
+        assert (await all_of(client)).startswith(b"HTTP/1.1 414 ")
+    assert served.reason == "request_line_too_long"
+
+
+async def test_whoever_was_too_slow_is_not_waited_for_again(autojump_clock):
+    async with serving(answering(408, Whole())) as (client, _served):
+        await client.send_all(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\nx")
+        began = trio.current_time()
+        assert b"connection: close\r\n" in await client.receive_some()
+        assert trio.current_time() == began
 
 
 @pytest.mark.parametrize(
@@ -368,12 +426,62 @@ async def test_what_came_behind_the_head_belongs_to_the_tunnel(autojump_clock):
         assert await stream.receive_some() == b"ly"
         assert await stream.receive_some() == b"later"
         await stream.send_all(b"answer")
-        await stream.aclose()
+        await stream.send_eof()
 
-    async with serving(handle) as (client, _served):
+    async with serving(handle) as (client, served):
         await client.send_all(b"GET / HTTP/1.1\r\nHost: a\r\nConnection: upgrade\r\nUpgrade: echo\r\n\r\nearly")
         head = await client.receive_some()
         assert head.startswith(b"HTTP/1.1 101 Switching Protocols\r\nx: y\r\n")
         assert b"upgrade: echo\r\n" in head
         await client.send_all(b"later")
         assert await all_of(client) == b"answer"
+    assert served.reason is None
+
+
+UPGRADE = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: upgrade\r\nUpgrade: %b\r\n%b\r\n"
+
+
+async def test_a_tunnel_that_was_not_ended_breaks_off(autojump_clock):
+    async def handle(_request: Request, reply: Reply) -> None:
+        await (await reply.tunnel(ResponseHead(status=101))).send_all(b"half")
+
+    async with serving(handle) as (client, served):
+        await client.send_all(UPGRADE % (b"echo", b""))
+        await all_of(client)
+        with pytest.raises(trio.BrokenResourceError):
+            for _ in range(3):
+                await client.send_all(b"more")
+    assert served.reason == "exchange_aborted"
+
+
+@pytest.mark.parametrize(
+    ("protocol", "fields", "given", "told"),
+    [
+        (b"websocket", b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n", [], b"s3pPLMBiTxaQ9kYGzzhZRbK+xOo="),
+        (b"WebSocket", b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n", [], b"s3pPLMBiTxaQ9kYGzzhZRbK+xOo="),
+        (b"websocket", b"Sec-WebSocket-Key: x\r\n", [(b"sec-websocket-accept", b"theirs")], b"theirs"),
+        (b"websocket", b"", [], None),
+        (b"echo", b"Sec-WebSocket-Key: x\r\n", [], None),
+    ],
+)
+async def test_a_websocket_whose_other_end_has_no_accept_is_given_one(autojump_clock, protocol, fields, given, told):
+    async def handle(_request: Request, reply: Reply) -> None:
+        await (await reply.tunnel(ResponseHead(status=101, fields=given))).send_eof()
+
+    async with serving(handle) as (client, _served):
+        await client.send_all(UPGRADE % (protocol, fields))
+        head = await all_of(client)
+        assert head.startswith(b"HTTP/1.1 101 Switching Protocols\r\n")
+        assert head.count(b"sec-websocket-accept") == (told is not None)
+        assert told is None or b"sec-websocket-accept: " + told + b"\r\n" in head
+
+
+async def test_a_tunnel_that_nobody_asked_for_is_a_defect(autojump_clock):
+    async def handle(request: Request, reply: Reply) -> None:
+        with pytest.raises(OurFault):
+            await reply.tunnel(ResponseHead(status=101))
+        await ok(request, reply)
+
+    async with serving(handle) as (client, _served):
+        await client.send_all(GET)
+        assert (await all_of(client)).startswith(b"HTTP/1.1 200 OK\r\n")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from itertools import pairwise
 
 import pytest
@@ -16,17 +13,13 @@ from hypothesis import strategies as st
 from sidecar.errors import MaybeSent, NoAnswer, NotSent, OurFault
 from sidecar.model import (
     Aborted,
-    Address,
     Anonymous,
     Connection,
-    RequestHead,
     Response,
     ResponseHead,
-    SpiffeId,
     Trailers,
-    Workload,
 )
-from sidecar.wire import h2_server, target
+from sidecar.wire import h2_server
 from sidecar.wire.answers import Whole
 from sidecar.wire.h1_server import Limits, Served
 from sidecar.wire.h2_client import H2Connection
@@ -41,90 +34,9 @@ from support.h2_frames import (
     WindowUpdateFrame,
     stream_pair,
 )
+from support.h2_sides import BUDGET, HERE, Parts, asked, plaintext_connection, request, talking, whole
 
 OK = [(b":status", b"200")]
-HERE = Address(host="127.0.0.1", port=8443)
-BUDGET = Workload(id=SpiffeId(trust_domain="example.org", path="/budget"), not_after=0.0)
-
-
-class Parts:
-    """A body given item by item; an event is waited for, an exception raised."""
-
-    def __init__(self, *items: object, length: int | None = None) -> None:
-        self._items = list(items)
-        self.length = length
-
-    @property
-    def ready(self) -> bool:
-        return not (self._items and isinstance(self._items[0], trio.Event))
-
-    async def receive(self):
-        while self._items and isinstance(self._items[0], trio.Event):
-            await self._items.pop(0).wait()
-        item = self._items.pop(0) if self._items else None
-        if isinstance(item, Exception):
-            raise item
-        return item
-
-
-def request(method: str = "GET", path: bytes = b"/items") -> RequestHead:
-    return RequestHead(
-        method=method, target=target.origin_form(path), host="backend.internal", port=8443, fields=(), protocol="HTTP/2"
-    )
-
-
-async def whole(body) -> tuple[bytes, dict | None]:
-    data, trailers = b"", None
-    while (item := await body.receive()) is not None:
-        if isinstance(item, Trailers):
-            trailers = dict(item.fields)
-        else:
-            data += item
-    return data, trailers
-
-
-@dataclass
-class Talk:
-    connection: H2Connection
-    peer: Peer
-    over: trio.Event = field(default_factory=trio.Event)
-
-
-@asynccontextmanager
-async def talking(
-    *, start: bool = True, settings: dict[int, int] | None = None, buffer_bytes: int | None = None
-) -> AsyncIterator[Talk]:
-    """A client whose upstream is the test. It must end by itself once the upstream does."""
-    ours, theirs = stream_pair(buffer_bytes)
-    connection = H2Connection(ours, max_header_bytes=60 * 1024, max_header_fields=100, peer=BUDGET)
-    talk = Talk(connection, Peer(theirs))
-
-    async def run() -> None:
-        await connection.run()
-        assert ours.closed
-        talk.over.set()
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(run)
-        if start:
-            await talk.peer.start(settings, preface=False)
-            await talk.peer.settle()
-        try:
-            yield talk
-        finally:
-            theirs.close()
-        await talk.over.wait()
-    assert not connection.accepting
-    assert not connection.channels
-
-
-async def asked(talk: Talk, **of) -> object:
-    """An exchange whose request has been sent and read."""
-    exchange = talk.connection.open()
-    await exchange.send(request(**of), [], Whole())
-    await talk.peer.message(exchange.id)
-    return exchange
-
 
 # ── exchanges ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -358,6 +270,77 @@ async def test_connection_may_be_closed_before_it_runs(autojump_clock):
     theirs.close()
 
 
+async def test_cancelled_connection_says_goodbye_all_the_same(autojump_clock):
+    async with talking() as talk:
+        exchange = await asked(talk)
+        talk.cancel()
+        assert (await talk.peer.goaway()).error_code == ErrorCodes.NO_ERROR
+        await talk.over.wait()
+        with pytest.raises(NoAnswer):
+            await exchange.receive()
+        exchange.release()
+
+
+async def test_cancelled_connection_says_nothing_in_the_middle_of_a_frame(autojump_clock):
+    async with talking(buffer_bytes=4096) as talk, trio.open_nursery() as nursery:
+        exchange = talk.connection.open()
+        nursery.start_soon(exchange.send, request("POST"), [], Parts(bytes(60_000), trio.Event()))
+        await trio.sleep(1)  # the writer waits for the socket
+        talk.cancel()
+        came = b""
+        while data := await talk.peer.stream.receive_some():
+            came += data
+        assert 4096 < len(came) < 60_000
+        assert b"\0\0\x08\x07\0\0\0\0\0" not in came
+        await talk.over.wait()
+        nursery.cancel_scope.cancel()
+        exchange.release()
+
+
+# ── quiet upstreams ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def pings(talk) -> int:
+    return sum(isinstance(frame, PingFrame) for frame in talk.peer.frames)
+
+
+async def test_upstream_that_answers_no_ping_is_dead(autojump_clock):
+    async with talking(keepalive_timeout=30.0) as talk:
+        exchange = await asked(talk)
+        talk.peer.acknowledges = False
+        began = trio.current_time()
+        with pytest.raises(NoAnswer) as raised:
+            await exchange.receive()
+        assert 40 <= trio.current_time() - began < 43
+        assert "sign of life" in raised.value.detail
+        await talk.over.wait()
+        exchange.release()
+
+
+async def test_quiet_upstream_that_answers_is_asked_rarely(autojump_clock):
+    """What gRPC servers take without taking offence is one PING in 5 minutes, after a first one."""
+    async with talking() as talk:
+        exchange = await asked(talk)
+        with trio.move_on_after(1000):
+            await talk.peer.rest()
+        assert pings(talk) == 4
+        await talk.peer.send(talk.peer.head(1, OK, end=True))
+        assert (await exchange.receive()).status == 200
+        exchange.release()
+
+
+async def test_upstream_is_not_asked_while_nothing_is_under_way(autojump_clock):
+    async with talking() as talk:
+        exchange = await asked(talk)
+        await talk.peer.send(talk.peer.head(1, OK, end=True))
+        await exchange.receive()
+        exchange.release()
+        with trio.move_on_after(1000):
+            await talk.peer.rest()
+        assert pings(talk) == 0
+        assert talk.connection.accepting
+
+
 # ── what may be tried again ───────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -376,6 +359,62 @@ async def test_goaway_parts_what_was_acted_on_from_what_was_not(autojump_clock):
         for exchange in (first, second, unsent):
             exchange.release()
         await talk.over.wait()
+
+
+async def test_goaway_that_announces_another_refuses_nothing_yet(autojump_clock):
+    """A drain says first that it will come, then the last stream that it serves (RFC 9113 §6.8)."""
+    async with talking() as talk:
+        first, second = await asked(talk), await asked(talk)
+        await talk.peer.send(GoAwayFrame(0, last_stream_id=2**31 - 1))
+        await talk.peer.settle()
+        assert not talk.connection.accepting
+        await talk.peer.send(GoAwayFrame(0, last_stream_id=1))
+        with pytest.raises(NotSent):
+            await second.receive()
+        await talk.peer.send(talk.peer.head(1, OK, end=True))
+        assert (await first.receive()).status == 200
+        first.release()
+        second.release()
+        await talk.over.wait()
+
+
+async def test_our_own_server_drains_without_losing_what_is_on_its_way(autojump_clock):
+    """Requests are sent at every moment of a drain; each is answered, or known not to have been acted on."""
+    acted: list[str] = []
+
+    async def handle(_, request, reply):
+        acted.append(request.head.target.path)
+        await trio.sleep(0.001)
+        await reply.send(Response(head=ResponseHead(status=200), body=Whole(b"hello")))
+
+    ours, theirs = stream_pair()
+    served = Served(plaintext_connection(), handle, Limits(), lambda: True, draining=False)
+    connection = H2Connection(ours, max_header_bytes=60 * 1024, max_header_fields=100)
+    answered, refused = [], []
+
+    async def ask(number: int) -> None:
+        await trio.sleep(number / 10_000)
+        if connection.accepting:
+            exchange = connection.open()
+            try:
+                await exchange.send(request(path=b"/%d" % number), [], Whole())
+                assert (await exchange.receive()).status == 200
+                answered.append(f"/{number}")
+            except NotSent:
+                refused.append(f"/{number}")
+            finally:
+                exchange.release()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(h2_server.serve, theirs, bytearray(), served)
+        nursery.start_soon(connection.run)
+        for number in range(90):
+            nursery.start_soon(ask, number)
+        await trio.sleep(0.004)
+        served.drain()
+    assert len(answered) >= 40
+    assert sorted(acted) == sorted(answered)
+    assert refused == []
 
 
 async def test_request_body_goes_on_after_a_goaway(autojump_clock):

@@ -44,7 +44,7 @@ def test_first_bytes_tell_the_limits():
         SettingsFrame.ENABLE_PUSH: 0,
         SettingsFrame.INITIAL_WINDOW_SIZE: 65535,
         SettingsFrame.MAX_FRAME_SIZE: 16384,
-        SettingsFrame.ENABLE_CONNECT_PROTOCOL: 0,
+        SettingsFrame.ENABLE_CONNECT_PROTOCOL: 1,
         SettingsFrame.MAX_HEADER_LIST_SIZE: 1234,
         SettingsFrame.MAX_CONCURRENT_STREAMS: 56,
     }

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+import socket
 from itertools import pairwise
 
 import hpack
 import pytest
 import trio
 from h2.errors import ErrorCodes
+from hyperframe.frame import ExtensionFrame
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sidecar.model import (
     Aborted,
-    Address,
-    Anonymous,
     ClientGone,
-    Connection,
-    Reply,
-    Request,
-    Response,
     ResponseHead,
     Trailers,
 )
-from sidecar.wire import h2_server, h2_streams
+from sidecar.wire import h2_link, h2_server
 from sidecar.wire.answers import Whole
 from sidecar.wire.h1_server import Limits, Served
+from sidecar.wire.network import Stream
 from support.h2_frames import (
     GET,
     POST,
@@ -37,107 +31,15 @@ from support.h2_frames import (
     DataFrame,
     GoAwayFrame,
     HeadersFrame,
+    Message,
     Peer,
     PingFrame,
+    PriorityFrame,
     RstStreamFrame,
     SettingsFrame,
     WindowUpdateFrame,
-    stream_pair,
 )
-
-SHORT = Limits(idle_timeout=60.0, header_timeout=5.0, linger_timeout=0.5)
-HERE = Address(host="127.0.0.1", port=8443)
-Handler = Callable[[Connection, Request, Reply], Awaitable[None]]
-
-
-class Parts:
-    """A body given item by item; an event is waited for, an exception raised."""
-
-    def __init__(self, *items: object, length: int | None = None, ready: bool = True) -> None:
-        self._items = list(items)
-        self.length = length
-        self._ready = ready
-
-    @property
-    def ready(self) -> bool:
-        return self._ready and not (self._items and isinstance(self._items[0], trio.Event))
-
-    async def receive(self):
-        while self._items and isinstance(self._items[0], trio.Event):
-            await self._items.pop(0).wait()
-        item = self._items.pop(0) if self._items else None
-        if isinstance(item, Exception):
-            raise item
-        return item
-
-
-def ok(body: object = None, status: int = 200, fields: tuple = ()) -> Response:
-    return Response(head=ResponseHead(status=status, fields=list(fields)), body=body or Whole(b"hello"))
-
-
-async def whole(body) -> tuple[bytes, object]:
-    data, trailers = b"", None
-    while (item := await body.receive()) is not None:
-        if isinstance(item, Trailers):
-            trailers = dict(item.fields)
-        else:
-            data += item
-    return data, trailers
-
-
-async def answer(_: Connection, request: Request, reply: Reply) -> None:
-    await whole(request.body)
-    await reply.send(ok())
-
-
-@dataclass
-class Serving:
-    peer: Peer
-    served: Served
-    over: trio.Event
-    error: Exception | None = None
-
-
-@asynccontextmanager
-async def serving(
-    handle: Handler = answer,
-    limits: Limits = SHORT,
-    *,
-    start: bool = True,
-    window: int | None = None,
-    tls: bool = False,
-    fresh: Callable[[], bool] = lambda: True,
-    buffer: bytes = b"",
-) -> AsyncIterator[Serving]:
-    """A server in conversation. `window`: the stream window of the peer."""
-    ours, theirs = stream_pair()
-    connection = Connection(
-        id="c1", peer=Anonymous(reason="plaintext"), remote=HERE, local=HERE, tls=tls, server_name=None,
-        protocol="h2", generation=0,
-    )  # fmt: skip
-    served = Served(connection, handle, limits, fresh, draining=False)
-    talk = Serving(Peer(theirs), served, trio.Event())
-
-    async def run() -> None:
-        try:
-            await h2_server.serve(ours, bytearray(buffer), served)
-        except Exception as error:
-            talk.error = error
-        assert ours.closed
-        talk.over.set()
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(run)
-        if start:
-            await talk.peer.start(None if window is None else {SettingsFrame.INITIAL_WINDOW_SIZE: window})
-        try:
-            yield talk
-        finally:
-            theirs.close()
-        await talk.over.wait()
-        assert served.idle is None
-        assert served.on_drain is None
-
+from support.h2_sides import Parts, ok, plaintext_connection, serving, whole
 
 # ── requests and answers ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -603,6 +505,18 @@ MALFORMED = {
     "te": [*GET, (b"te", b"gzip")],
     "protocol without CONNECT": [*GET, (b":protocol", b"websocket")],
     "length is no number": [*GET, (b"content-length", b"five")],
+    "space behind a value": [*GET, (b"a", b"b ")],
+    "tab behind a value": [*GET, (b"a", b"b\t")],
+    "line break in a name": [*GET, (b"a\nb", b"c")],
+    "colon in a name": [*GET, (b"a:b", b"c")],
+    "keep-alive": [*GET, (b"keep-alive", b"timeout=5")],
+    "proxy-connection": [*GET, (b"proxy-connection", b"keep-alive")],
+    "CONNECT with a path": [(b":method", b"CONNECT"), *GET[2:]],
+    "CONNECT with a scheme": [(b":method", b"CONNECT"), *GET[1:3]],
+    "CONNECT without authority": [(b":method", b"CONNECT")],
+    "tunnel without scheme": [(b":method", b"CONNECT"), (b":protocol", b"websocket"), *GET[2:]],
+    "tunnel without path": [(b":method", b"CONNECT"), (b":protocol", b"websocket"), *GET[1:3]],
+    "nothing": [],
     "two lengths": [*GET, (b"content-length", b"5"), (b"content-length", b"6")],
 }
 
@@ -640,7 +554,16 @@ REFUSED = {
     "too many fields": (431, [*GET, *((b"n%d" % n, b"") for n in range(100))]),
     "too large": (431, [*GET, (b"a", b"b" * 62_000)]),
     "connect": (501, [(b":method", b"CONNECT"), (b":authority", b"example.org:443")]),
-    "extended connect": (501, [(b":method", b"CONNECT"), (b":protocol", b"websocket"), *GET[1:]]),
+    "tunnel with a length": (
+        400,
+        [(b":method", b"CONNECT"), (b":protocol", b"a"), *GET[1:], (b"content-length", b"0")],
+    ),
+    "tunnel without authority": (
+        400,
+        [(b":method", b"CONNECT"), (b":protocol", b"a"), *GET[1:2], GET[3], (b"host", b"a")],
+    ),
+    "tunnel to an asterisk": (400, [(b":method", b"CONNECT"), (b":protocol", b"a"), *GET[1:3], (b":path", b"*")]),
+    "protocol is no token": (400, [(b":method", b"CONNECT"), (b":protocol", b"a, b"), *GET[1:]]),
 }
 
 
@@ -746,12 +669,22 @@ async def test_peer_that_lost_our_trust_is_sent_elsewhere(autojump_clock):
     assert talk.served.exchanges == 1
 
 
+SOON = 2**31 - 1
+
+
+async def goodbyes(peer: Peer, count: int) -> list[tuple[int, int]]:
+    """Last stream and code of so many GOAWAYs, as they come."""
+    while len(seen := [frame for frame in peer.frames if isinstance(frame, GoAwayFrame)]) < count:
+        await peer.next(GoAwayFrame)
+    return [(frame.last_stream_id, frame.error_code) for frame in seen]
+
+
 async def test_drain_of_an_idle_connection_says_goodbye_and_closes(autojump_clock):
     async with serving() as talk:
         await talk.peer.request(1)
         await talk.peer.message(1)
         talk.served.drain()
-        assert (await talk.peer.goaway()).last_stream_id == 1
+        assert await goodbyes(talk.peer, 2) == [(SOON, ErrorCodes.NO_ERROR), (1, ErrorCodes.NO_ERROR)]
         await talk.peer.rest()
     assert talk.served.reason == "draining"
 
@@ -768,8 +701,7 @@ async def test_drain_finishes_what_is_open_and_refuses_what_is_new(autojump_cloc
         await talk.peer.settle()
         assert talk.served.idle is None
         talk.served.drain()
-        goaway = await talk.peer.goaway()
-        assert (goaway.last_stream_id, goaway.error_code) == (1, ErrorCodes.NO_ERROR)
+        assert (await goodbyes(talk.peer, 2))[1] == (1, ErrorCodes.NO_ERROR)
         await talk.peer.request(3)
         assert (await talk.peer.message(3)).reset == ErrorCodes.REFUSED_STREAM
         await talk.peer.data(1, b"the rest", end=True)
@@ -780,20 +712,215 @@ async def test_drain_finishes_what_is_open_and_refuses_what_is_new(autojump_cloc
     assert talk.served.exchanges == 1
 
 
-async def test_drain_that_came_first_leaves_nothing_to_be_served(autojump_clock):
-    ours, theirs = stream_pair()
-    connection = Connection(
-        id="c1", peer=Anonymous(reason="plaintext"), remote=HERE, local=HERE, tls=False, server_name=None,
-        protocol="h2", generation=0,
-    )  # fmt: skip
-    served = Served(connection, answer, SHORT, lambda: True, draining=True)
-    peer = Peer(theirs)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(h2_server.serve, ours, bytearray(), served)
-        assert (await peer.goaway()).last_stream_id == 0
-        await peer.rest()
-        theirs.close()
-    assert served.reason == "draining"
+async def test_request_that_crosses_the_announcement_of_a_drain_is_served(autojump_clock):
+    async with serving() as talk:
+        talk.served.drain()
+        await talk.peer.request(1)  # sent before anything was read
+        assert (await talk.peer.message(1)).status == 200
+        assert await goodbyes(talk.peer, 2) == [(SOON, ErrorCodes.NO_ERROR), (1, ErrorCodes.NO_ERROR)]
+        await talk.peer.rest()
+    assert talk.served.exchanges == 1
+
+
+async def test_drain_waits_a_second_for_a_client_that_answers_no_ping(autojump_clock):
+    async with serving() as talk:
+        await talk.peer.settle()
+        talk.peer.acknowledges = False
+        began = trio.current_time()
+        talk.served.drain()
+        talk.served.drain()
+        assert await goodbyes(talk.peer, 2) == [(SOON, ErrorCodes.NO_ERROR), (0, ErrorCodes.NO_ERROR)]
+        assert 1 <= trio.current_time() - began < 2
+        await talk.peer.rest()
+    assert talk.served.reason == "draining"
+
+
+async def test_drain_that_came_first_serves_what_is_on_its_way(autojump_clock):
+    async with serving(draining=True) as talk:
+        await talk.peer.request(1)
+        assert (await talk.peer.message(1)).status == 200
+        assert await goodbyes(talk.peer, 2) == [(SOON, ErrorCodes.NO_ERROR), (1, ErrorCodes.NO_ERROR)]
+        await talk.peer.rest()
+    assert talk.served.reason == "draining"
+
+
+async def test_pings_while_draining_do_not_end_it_early_or_late(autojump_clock):
+    """Only a PING that answers ours says that all that was sent before has come."""
+    async with serving() as talk:
+        await talk.peer.settle()
+        talk.peer.acknowledges = False
+        talk.served.drain()
+        await talk.peer.send(PingFrame(0, opaque_data=b"12345678"))
+        await talk.peer.settle()
+        assert len(await goodbyes(talk.peer, 1)) == 1
+        await talk.peer.request(1)
+        assert (await talk.peer.message(1)).status == 200
+
+
+# ── half-closed connections, and dead ones ────────────────────────────────────────────────────────────────────────
+
+
+async def test_client_that_ends_its_side_still_gets_the_answers_to_what_it_asked(autojump_clock):
+    finish = trio.Event()
+
+    async def handle(_, request, reply):
+        await finish.wait()
+        await reply.send(ok(Whole(bytes(10_000))))
+
+    async with serving(handle) as talk:
+        await talk.peer.request(1)
+        await talk.peer.request(3)
+        await talk.peer.stream.send_eof()
+        await trio.sleep(300)
+        finish.set()
+        for stream_id in (1, 3):
+            message = await talk.peer.message(stream_id)
+            assert (message.status, len(message.body), message.ended) == (200, 10_000, True)
+        await talk.peer.rest()
+    assert talk.served.reason is None
+    assert talk.served.exchanges == 2
+
+
+async def test_client_that_ends_its_side_in_the_middle_of_a_request_aborts_that_one(autojump_clock):
+    raised = []
+
+    async def handle(_, request, reply):
+        try:
+            await whole(request.body)
+        except Aborted:
+            raised.append(reply.gone)
+            raise
+        await trio.sleep(1)
+        await reply.send(ok())
+
+    async with serving(handle) as talk:
+        await talk.peer.request(1, POST, end=False)
+        await talk.peer.data(1, b"half")
+        await talk.peer.request(3)
+        await talk.peer.stream.send_eof()
+        assert (await talk.peer.message(3)).status == 200
+        assert not talk.peer.messages[1].heads
+        await talk.peer.rest()
+    assert raised == [True]
+    assert talk.served.reason == "exchange_aborted"
+
+
+async def test_client_that_ends_its_side_can_widen_no_window_and_is_not_waited_for(autojump_clock):
+    gone = []
+
+    async def handle(_, request, reply):
+        try:
+            await reply.send(ok(Whole(bytes(200_000))))
+        except Aborted:
+            gone.append(reply.gone)
+            raise
+
+    async with serving(handle) as talk:
+        await talk.peer.request(1)
+        await talk.peer.stream.send_eof()
+        with trio.fail_after(30):
+            await talk.peer.rest()
+    assert gone == [True]
+    assert talk.served.reason == "exchange_aborted"
+
+
+async def test_client_that_closes_with_answers_outstanding_aborts_them_at_once(autojump_clock):
+    ended = trio.Event()
+    replies = []
+
+    async def handle(_, request, reply):
+        replies.append(reply)
+        try:
+            await trio.sleep_forever()
+        finally:
+            ended.set()
+
+    async with serving(handle) as talk:
+        await talk.peer.request(1)
+        await talk.peer.settle()
+        talk.peer.stream.close()
+        with trio.fail_after(0.1):
+            await ended.wait()
+    assert replies[0].gone
+    assert talk.served.reason == "exchange_aborted"
+
+
+async def test_client_that_closes_over_tcp_is_found_out_by_the_reset_that_answers_us():
+    """Its kernel sends a FIN, like one that has only ended its side; what it does with our PING tells them apart."""
+    ended = trio.Event()
+
+    async def handle(_, request, reply):
+        try:
+            await trio.sleep_forever()
+        finally:
+            ended.set()
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    theirs = socket.create_connection(listener.getsockname())
+    ours, _ = listener.accept()
+    listener.close()
+    ours.setblocking(False)
+    served = Served(plaintext_connection(), handle, Limits(), lambda: True, draining=False)
+    theirs.sendall(PREFACE + SettingsFrame(0).serialize() + Peer().head(1, GET, end=True).serialize())
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(h2_server.serve, Stream(ours), bytearray(), served)
+            await trio.sleep(0.05)
+            assert theirs.recv(65536), "nothing is left unread, so that closing sends no reset"
+            theirs.close()
+            await ended.wait()
+    assert served.reason == "exchange_aborted"
+
+
+async def test_quiet_client_is_asked_and_stays_if_it_answers(autojump_clock):
+    async def handle(_, request, reply):
+        await trio.sleep(1000)
+        await reply.send(ok())
+
+    async with serving(handle) as talk:
+        await talk.peer.request(1)
+        assert (await talk.peer.message(1)).status == 200
+        pings = [frame for frame in talk.peer.frames if isinstance(frame, PingFrame)]
+        assert 15 <= len(pings) <= 17, "one a minute"
+
+
+@pytest.mark.parametrize("open_stream", [True, False])
+async def test_client_that_answers_no_ping_is_dead(autojump_clock, open_stream):
+    ended: list[float] = []
+
+    async def handle(_, request, reply):
+        try:
+            await trio.sleep_forever()
+        finally:
+            ended.append(trio.current_time())
+
+    limits = Limits(idle_timeout=3600.0, keepalive_timeout=30.0)
+    async with serving(handle, limits) as talk:
+        if open_stream:
+            await talk.peer.request(1)
+        await talk.peer.settle()
+        talk.peer.acknowledges = False
+        began = trio.current_time()
+        await talk.over.wait()
+        assert 40 <= trio.current_time() - began < 42
+        assert len(ended) == open_stream
+    assert talk.served.reason == "keepalive_timeout"
+
+
+async def test_client_that_sends_is_not_asked(autojump_clock):
+    async def handle(_, request, reply):
+        await whole(request.body)
+        await reply.send(ok())
+
+    async with serving(handle, Limits(keepalive_timeout=10.0)) as talk:
+        talk.peer.acknowledges = False
+        await talk.peer.request(1, POST, end=False)
+        for _ in range(20):
+            await trio.sleep(5)
+            await talk.peer.data(1, b"x")
+        await talk.peer.data(1, end=True)
+        assert (await talk.peer.message(1)).status == 200
+        assert not [frame for frame in talk.peer.frames if isinstance(frame, PingFrame)]
 
 
 async def test_client_that_says_goodbye_gets_its_answers(autojump_clock):
@@ -944,22 +1071,132 @@ async def test_client_that_changes_its_mind_now_and_then_is_no_flood(autojump_cl
             assert (await talk.peer.message(2 * n + 3)).status == 200
 
 
-@pytest.mark.parametrize(
-    "frame",
-    [PingFrame(0, opaque_data=b"12345678"), SettingsFrame(0), SettingsFrame(0, flags=["ACK"]), DataFrame(1, data=b"")],
-    ids=["ping", "settings", "ack", "empty data"],
-)
+FLOODS = {
+    "ping": PingFrame(0, opaque_data=b"12345678"),
+    "answer to no ping": PingFrame(0, opaque_data=b"12345678", flags=["ACK"]),
+    "settings": SettingsFrame(0),
+    "settings that change": SettingsFrame(0, settings={SettingsFrame.INITIAL_WINDOW_SIZE: 65535}),
+    "ack": SettingsFrame(0, flags=["ACK"]),
+    "empty data": DataFrame(1, data=b""),
+    "padding": DataFrame(1, data=b"", pad_length=1, flags=["PADDED"]),
+    "priority": PriorityFrame(1, depends_on=0, stream_weight=16),
+    "priority of no stream": PriorityFrame(9, depends_on=0, stream_weight=16),
+    "window of a stream": WindowUpdateFrame(1, window_increment=1),
+    "window of the connection": WindowUpdateFrame(0, window_increment=1),
+    "window of a closed stream": WindowUpdateFrame(3, window_increment=1),
+    "reset of a closed stream": RstStreamFrame(3, error_code=8),
+    "unknown": ExtensionFrame(0xBB, 0, flag_byte=0, body=b""),
+}
+
+
+@pytest.mark.parametrize("frame", FLOODS.values(), ids=FLOODS)
 async def test_frames_that_serve_no_request_are_a_flood(autojump_clock, frame):
     async def handle(_, request, reply):
+        if request.body.length == 0:
+            await reply.send(ok(Whole()))
         await trio.sleep_forever()
 
     async with serving(handle) as talk:
         await talk.peer.request(1, POST, end=False)
+        await talk.peer.request(3)
+        await talk.peer.message(3)
         many = frame.serialize() * 100
         try:
-            for _ in range(20):
+            for _ in range(60):
                 await talk.peer.raw(many)
                 await talk.peer.settle()
+        except trio.BrokenResourceError:
+            pass
+        assert (await talk.peer.goaway()).error_code == ErrorCodes.ENHANCE_YOUR_CALM
+    assert talk.served.reason == "h2_enhance_your_calm"
+
+
+async def test_client_that_widens_its_windows_often_while_it_downloads_is_no_flood(autojump_clock):
+    """Go's client says so for each 4 KiB that it has read, for the stream and for the connection."""
+
+    async def handle(_, request, reply):
+        await reply.send(ok(Whole(bytes(4 * 1024 * 1024))))
+
+    async with serving(handle) as talk:
+        await talk.peer.request(1)
+        given = 0
+        with trio.fail_after(5):
+            while not talk.peer.messages.setdefault(1, Message()).ended:
+                await talk.peer.next(DataFrame)
+                while given + 4096 <= len(talk.peer.messages[1].body):
+                    given += 4096
+                    await talk.peer.send(*[WindowUpdateFrame(n, window_increment=4096) for n in (0, 1)])
+        assert len(talk.peer.messages[1].body) == 4 * 1024 * 1024
+
+
+async def test_client_that_widens_its_windows_for_each_small_message_is_no_flood(autojump_clock):
+    async def handle(_, request, reply):
+        await reply.send(ok(Parts(*[b"x"] * 6000)))
+
+    async with serving(handle) as talk:
+        for stream_id in (1, 3, 5, 7):
+            await talk.peer.request(stream_id)
+            with trio.fail_after(5):
+                while not talk.peer.messages.setdefault(stream_id, Message()).ended:
+                    await talk.peer.next(DataFrame)
+                    await talk.peer.send(*[WindowUpdateFrame(n, window_increment=1) for n in (0, stream_id)])
+        await talk.peer.settle()
+        assert not [frame for frame in talk.peer.frames if isinstance(frame, GoAwayFrame)]
+
+
+async def test_empty_header_blocks_are_a_flood(autojump_clock):
+    async with serving() as talk:
+        try:
+            for n in range(2000):
+                await talk.peer.send(HeadersFrame(2 * n + 1, data=b"", flags=["END_HEADERS", "END_STREAM"]))
+        except trio.BrokenResourceError:
+            pass
+        assert (await talk.peer.goaway()).error_code == ErrorCodes.ENHANCE_YOUR_CALM
+    assert talk.served.exchanges == 0
+
+
+async def test_data_for_a_stream_that_was_reset_ends_with_its_window(autojump_clock):
+    async def handle(_, request, reply):
+        await reply.send(ok(status=403))
+
+    async with serving(handle) as talk:
+        await talk.peer.request(1, POST, end=False)
+        await talk.peer.message(1)
+        await talk.peer.next(RstStreamFrame)
+        for size in (16384, 16384, 16384, 16383):  # all that may have been on its way
+            await talk.peer.data(1, bytes(size))
+        await talk.peer.request(3)
+        assert (await talk.peer.message(3)).status == 403
+        await talk.peer.data(1, b"x")
+        assert (await talk.peer.goaway()).error_code == ErrorCodes.FLOW_CONTROL_ERROR
+
+
+async def test_client_that_takes_no_byte_holds_a_stream_and_nothing_else(autojump_clock):
+    async def handle(_, request, reply):
+        await reply.send(ok(Whole(bytes(100_000))))
+
+    async with serving(handle, Limits(max_streams=10), window=0) as talk:
+        for n in range(10):
+            await talk.peer.request(2 * n + 1)
+        await trio.sleep(30)
+        assert talk.peer.stream is not None
+        await talk.peer.request(21)
+        assert (await talk.peer.message(21)).reset == ErrorCodes.REFUSED_STREAM
+        assert not [frame for frame in talk.peer.frames if isinstance(frame, DataFrame) and frame.data]
+        await talk.peer.send(RstStreamFrame(1, error_code=ErrorCodes.CANCEL))
+        await talk.peer.request(23)
+        await talk.peer.send(
+            WindowUpdateFrame(23, window_increment=200_000), WindowUpdateFrame(0, window_increment=200_000)
+        )
+        assert len((await talk.peer.message(23)).body) == 100_000
+
+
+async def test_header_block_larger_than_any_that_would_be_taken_is_not_waited_for(autojump_clock):
+    async with serving(limits=Limits(max_header_bytes=8192)) as talk:
+        await talk.peer.send(HeadersFrame(1, data=bytes(16384)))
+        try:
+            for _ in range(3):
+                await talk.peer.send(ContinuationFrame(1, data=bytes(16384)))
         except trio.BrokenResourceError:
             pass
         assert (await talk.peer.goaway()).error_code == ErrorCodes.ENHANCE_YOUR_CALM
@@ -982,7 +1219,7 @@ async def test_answers_wait_for_a_client_that_does_not_read(autojump_clock):
 
 
 async def test_client_that_asks_for_much_and_reads_nothing_is_dropped(autojump_clock, monkeypatch):
-    monkeypatch.setattr(h2_streams, "_MAX_QUEUED_BYTES", 2000)
+    monkeypatch.setattr(h2_link, "_MAX_QUEUED_BYTES", 2000)
 
     async def handle(_, request, reply):
         await reply.send(ok(Whole(bytes(1_000_000))))
@@ -1052,10 +1289,24 @@ async def test_small_block_that_unfolds_into_a_large_one_ends_the_connection(aut
         assert (await talk.peer.goaway()).error_code == ErrorCodes.ENHANCE_YOUR_CALM
 
 
-async def test_block_that_cannot_be_decoded_ends_the_connection(autojump_clock):
+@pytest.mark.parametrize(
+    "block",
+    [
+        b"\xff\xff\xff",
+        b"\xff\x07",  # an index beyond both tables (RFC 7541 §2.3.3)
+        b"\x7f\x07\x00",  # the same, as a name
+        b"\x80",  # index 0
+        b"\x00\x85\xf2\xb2\x4a\x84\xff\x87\x49\x51\xff\xff\xff\xfa\x7f",  # EOS in a string (§5.2)
+        b"\x00\x01a\x7f\x7f",  # a string that ends early
+        b"\x3f\xe2\x1f",  # a table larger than allowed (§4.2)
+    ],
+)
+async def test_block_that_cannot_be_decoded_ends_the_connection(autojump_clock, block):
     async with serving() as talk:
-        await talk.peer.send(HeadersFrame(1, data=b"\xff\xff\xff", flags=["END_HEADERS", "END_STREAM"]))
+        block = talk.peer.encoder.encode(GET) + block if block[0] != 0x3F else block
+        await talk.peer.send(HeadersFrame(1, data=block, flags=["END_HEADERS", "END_STREAM"]))
         assert (await talk.peer.goaway()).error_code == ErrorCodes.COMPRESSION_ERROR
+    assert talk.served.exchanges == 0
 
 
 # ── all of it at once ─────────────────────────────────────────────────────────────────────────────────────────────

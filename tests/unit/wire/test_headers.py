@@ -46,7 +46,10 @@ def test_fold_makes_one_name_of_all_spellings(name):
     assert headers.fold(name) == b"x-spiffe-id"
 
 
-@pytest.mark.parametrize("name", sorted(headers.IDENTITY))
+CONTINUED = [prefix + end for prefix in headers.IDENTITY_PREFIXES for end in (b"", b"-cert", b"-s-dn", b"_verify")]
+
+
+@pytest.mark.parametrize("name", [*sorted(headers.IDENTITY), *CONTINUED])
 def test_identity_header_is_removed_on_every_way_in_however_it_is_spelt(name):
     forged = [(spelling, b"forged") for spelling in spellings(name)]
     ways = {
@@ -100,7 +103,9 @@ def test_ordinary_connection_takes_away_nothing():
         assert headers.end_to_end([(b"connection", value), (b"a", b"1")]) == [(b"a", b"1")]
 
 
-@pytest.mark.parametrize("name", [*sorted(headers.PROTECTED), b"x_spiffe_id", b"X-Forwarded-For", b"Content_Length"])
+@pytest.mark.parametrize(
+    "name", [*sorted(headers.PROTECTED), *CONTINUED, b"x_spiffe_id", b"X-Forwarded-For", b"Content_Length"]
+)
 def test_connection_may_not_name_what_rights_framing_or_records_depend_on(name):
     fields = [(b"connection", b"close, " + name)]
     for call in (headers.nominated, headers.end_to_end, inbound, outbound):
@@ -113,6 +118,22 @@ def test_malformed_connection_is_the_fault_of_its_sender(value):
     with pytest.raises(UpstreamFault) as caught:
         headers.response([(b"connection", value)], via=b"v")
     assert (caught.value.code, caught.value.status) == ("upstream_malformed", 502)
+
+
+@pytest.mark.parametrize("name", sorted(headers._ORDINARY))
+def test_what_needs_no_second_look_would_pass_one(name):
+    assert headers.fold(name) == name
+    for rules in (headers._ON_INBOUND, headers._ON_REQUESTS, headers._ON_BOTH_WAYS, headers._ON_ANSWERS):
+        assert rules.get(name) in (None, headers._EXACT)
+    assert not name.startswith(headers.IDENTITY_PREFIXES)
+
+
+def test_a_decision_is_told_of_by_those_who_make_decisions():
+    fields = [(b"x-decision-id", b"d1"), (b"X_Decision_Id", b"d2"), (b"x", b"y")]
+    assert headers.response(fields, via=b"v") == [(b"x", b"y"), (b"via", b"v")]
+    assert headers.response(fields, via=b"v", upstream_decides=True) == [
+        (b"x-decision-id", b"d1"), (b"x", b"y"), (b"via", b"v"),
+    ]  # fmt: skip
 
 
 def test_upstream_may_name_what_it_likes():

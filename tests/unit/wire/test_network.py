@@ -1,8 +1,7 @@
-"""Streams over bare sockets, and listeners: what a peer's end, break or silence looks like, and that nobody is kept waiting."""
+"""Streams over bare sockets: what a peer's end, break or silence looks like, and that nobody is kept waiting."""
 
 from __future__ import annotations
 
-import errno
 import socket
 import tempfile
 from pathlib import Path
@@ -12,7 +11,7 @@ import trio
 import trio.testing
 
 from sidecar.model import Address
-from sidecar.wire.network import Stream, TcpNetwork, accept_forever, drop_input, peek, peek_now
+from sidecar.wire.network import Stream, TcpNetwork, drop_input, keep_alive, peek, peek_now
 
 HERE = Address(host="127.0.0.1", port=0)
 
@@ -97,6 +96,34 @@ async def test_an_abort_is_a_reset_and_a_close_is_an_end():
         else:
             assert peer.recv(1) == seen
         peer.close()
+
+
+async def test_how_a_peer_has_left_is_known_without_reading():
+    stream, peer = await tcp_pair()
+    assert stream.left() is None
+    peer.send(b"unread")
+    peer.shutdown(socket.SHUT_WR)
+    with trio.fail_after(5):
+        while stream.left() != "ended":
+            await trio.sleep(0.01)
+        assert not stream.unsent()
+        await stream.send_all(b"x" * 1000)
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        peer.close()
+        while stream.left() != "reset":
+            await trio.sleep(0.01)
+    stream.close()
+    assert stream.left() is None
+
+
+async def test_what_the_peer_has_not_taken_is_known():
+    stream, peer = await tcp_pair()
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    with trio.move_on_after(0.2):
+        await stream.send_all(b"x" * (8 << 20))
+    assert stream.unsent()
+    stream.close()
+    peer.close()
 
 
 async def test_a_reset_by_the_peer_breaks_a_read():
@@ -259,86 +286,7 @@ async def test_a_peeked_byte_is_read_again(autojump_clock):
     stream.close()
 
 
-# ── listeners ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class Scripted:
-    """A listener whose `accept` does what a list says, and is closed at its end."""
-
-    address = HERE
-
-    def __init__(self, script: list[OSError | None]) -> None:
-        self.script = script
-        self.made: list[socket.socket] = []
-
-    async def accept(self) -> tuple[socket.socket, Address]:
-        await trio.lowlevel.checkpoint()
-        if not self.script:
-            raise trio.ClosedResourceError
-        step = self.script.pop(0)
-        if step is not None:
-            raise step
-        near, far = socket.socketpair()
-        self.made += [near, far]
-        return near, HERE
-
-    def close(self) -> None: ...
-
-
-async def test_one_bad_connection_or_a_lack_of_descriptors_does_not_end_accepting(autojump_clock):
-    listener = Scripted(
-        [None, OSError(errno.ECONNABORTED, "gone"), None, OSError(errno.EMFILE, "too many"), OSError(errno.ENFILE, "x"), None]
-    )  # fmt: skip
-    accepted: list[Address] = []
-    told: list[int | None] = []
-
-    async def failed(error: OSError) -> None:
-        told.append(error.errno)
-
-    began = trio.current_time()
-    await accept_forever(listener, lambda _sock, remote: accepted.append(remote), failed)
-    assert len(accepted) == 3
-    assert told == [errno.ECONNABORTED, errno.EMFILE, errno.ENFILE]
-    assert trio.current_time() - began == pytest.approx(0.2), "descriptors need time to come back; the rest does not"
-    for sock in listener.made:
-        sock.close()
-
-
-async def test_a_real_listener_hands_out_sockets_that_do_not_block_or_delay():
-    network = TcpNetwork()
-    listener = await network.listen(HERE)
-    assert listener.address.port != 0
-    near = await network.connect(listener.address)
-    far, remote = await listener.accept()
-    assert remote == Address(host="127.0.0.1", port=near.getsockname()[1])
-    for sock in (near, far):
-        assert sock.getblocking() is False
-        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-        sock.close()
-    listener.close()
-    with pytest.raises(ConnectionRefusedError):
-        await network.connect(listener.address)
-
-
-async def test_a_closed_listener_ends_its_accept():
-    listener = await TcpNetwork().listen(HERE)
-    async with trio.open_nursery() as nursery:
-
-        async def wait() -> None:
-            with pytest.raises(trio.ClosedResourceError):
-                await listener.accept()
-
-        nursery.start_soon(wait)
-        await trio.testing.wait_all_tasks_blocked()
-        listener.close()
-
-
-async def test_a_port_that_is_taken_is_refused():
-    network = TcpNetwork()
-    listener = await network.listen(HERE)
-    with pytest.raises(OSError, match="in use"):
-        await network.listen(listener.address)
-    listener.close()
+# ── connecting ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_a_unix_socket_is_connected_to_by_its_path():
@@ -356,45 +304,56 @@ async def test_a_unix_socket_is_connected_to_by_its_path():
             await TcpNetwork().connect(path.with_name("absent"))
 
 
-def _resolves_to(monkeypatch: pytest.MonkeyPatch, *ports: int) -> None:
-    async def getaddrinfo(_host: object, _port: object, **_kind: object) -> list[tuple]:
-        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port)) for port in ports]
+async def test_a_name_leads_to_its_addresses_in_the_resolvers_order_and_each_of_them_once(monkeypatch):
+    def getaddrinfo(host: str, port: int, **_kind: object) -> list[tuple]:
+        assert (host, port) == ("several.test", 443)
+        return [
+            (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("2001:db8::1", port, 0, 0)),
+            (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("fe80::1", port, 0, 2)),
+            (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("10.0.0.1", port)),
+            (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("10.0.0.1", port)),
+        ]
 
-    monkeypatch.setattr(trio.socket, "getaddrinfo", getaddrinfo)
-
-
-async def test_a_name_with_several_addresses_is_tried_in_turn(monkeypatch):
-    network = TcpNetwork()
-    listener = await network.listen(HERE)
-    closed = await network.listen(HERE)
-    closed.close()
-    _resolves_to(monkeypatch, closed.address.port, listener.address.port)
-    near = await network.connect(Address(host="several.test", port=1))
-    far, _ = await listener.accept()
-    near.close()
-    far.close()
-    listener.close()
-    with pytest.raises(ConnectionRefusedError):
-        await network.connect(Address(host="several.test", port=1))
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    found = await TcpNetwork().resolve(Address(host="several.test", port=443))
+    assert [address.host for address in found] == ["2001:db8::1", "fe80::1%2", "10.0.0.1"]
 
 
-async def test_a_name_counts_as_refused_only_where_every_address_refuses(monkeypatch):
-    """A closed port is what permissive mode may step down from; one address that is merely unreachable is not."""
-    from sidecar.wire import network as module
+@pytest.mark.parametrize("host", ["a" * 64 + ".test", "a..test", "nobody.invalid."])
+async def test_a_name_that_leads_nowhere_is_told_as_the_resolver_tells_it(monkeypatch, host):
+    def getaddrinfo(*asked: object, **_kind: object) -> list[tuple]:
+        host.encode("idna")  # as the real one does
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
-    _resolves_to(monkeypatch, 1, 2, 3)
-    outcomes = {
-        1: ConnectionRefusedError(111, "x"),
-        2: OSError(errno.EHOSTUNREACH, "unreachable"),
-        3: ConnectionRefusedError(111, "x"),
-    }
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    with pytest.raises(socket.gaierror) as raised:
+        await TcpNetwork().resolve(Address(host=host, port=443))
+    assert raised.value.errno == socket.EAI_NONAME
 
-    async def connected(_family: int, name: tuple[str, int]) -> socket.socket:
-        raise outcomes[name[1]]
 
-    monkeypatch.setattr(module, "_connected", connected)
-    with pytest.raises(OSError, match="unreachable"):
-        await TcpNetwork().connect(Address(host="several.test", port=1))
-    _resolves_to(monkeypatch)
-    with pytest.raises(OSError, match="no address"):
-        await TcpNetwork().connect(Address(host="several.test", port=1))
+async def test_a_name_is_never_connected_to():
+    """Which of its addresses is taken is for others to choose."""
+    with pytest.raises(socket.gaierror):
+        await TcpNetwork().connect(Address(host="localhost", port=1))
+
+
+def _kept_alive(sock: socket.socket) -> tuple[int, ...]:
+    options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT, socket.TCP_USER_TIMEOUT)
+    return tuple(sock.getsockopt(socket.IPPROTO_TCP, option) for option in options)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [(60.0, (60, 10, 3, 90_000)), (1.0, (1, 1, 3, 4_000)), (0.2, (1, 1, 3, 4_000)), (7200.0, (7200, 1200, 3, 10_800_000))],
+)  # fmt: skip
+def test_a_quiet_peer_is_asked_three_times_before_it_is_given_up(seconds, expected):
+    with socket.socket() as sock:
+        keep_alive(sock, seconds)
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert _kept_alive(sock) == expected
+
+
+def test_what_is_no_tcp_is_not_asked():
+    for sock in socket.socketpair():
+        keep_alive(sock, 60.0)
+        sock.close()

@@ -271,3 +271,27 @@ def test_a_key_that_does_not_match_is_an_operators_fault(world):
     )  # fmt: skip
     with pytest.raises(OperatorFault):
         tls.Credentials(identity, verify.judge)
+
+
+async def test_a_side_that_has_ended_first_sees_the_end_of_the_other(world):
+    near, far = await meet(credentials(world), credentials(world), "server")
+    await near.send_eof()
+    assert await far.receive_some() == b""
+    await far.send_all(b"last words")
+    await far.send_eof()
+    assert await near.receive_some() == b"last words"
+    assert await near.receive_some() == b""
+    near.close()
+    far.close()
+
+
+async def test_a_stream_that_is_closed_just_as_something_comes_is_a_closed_one(world, monkeypatch):
+    near, far = await meet(credentials(world), credentials(world), "server")
+
+    async def closed_meanwhile(stream: tls.TlsStream) -> None:
+        stream.close()
+
+    monkeypatch.setattr(tls.TlsStream, "_readable", closed_meanwhile)
+    with pytest.raises(trio.ClosedResourceError):
+        await near.receive_some()
+    far.close()

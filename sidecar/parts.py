@@ -1,0 +1,83 @@
+"""What each part is told of the configuration: one function a part, from `config.settings` to the part's own settings.
+
+Parts do not know the configuration, and a reload tells them the same things in the same words as a start. Nothing here keeps
+anything.
+"""
+
+from __future__ import annotations
+
+from sidecar.attempt import Seen
+from sidecar.config import Config
+from sidecar.decision.policy import Policy
+from sidecar.errors import OperatorFault
+from sidecar.exchange import Bounds
+from sidecar.model import Mode
+from sidecar.wire.client import ClientSettings
+from sidecar.wire.h1_server import Limits
+from sidecar.wire.headers import fold
+from sidecar.wire.server import Settings
+
+_HEALTH = Limits(max_header_bytes=8192, max_header_fields=50, header_timeout=5.0, idle_timeout=60.0)
+HEALTH = Settings(mode=None, limits=_HEALTH, handshake_timeout=_HEALTH.header_timeout, max_connections=64)
+"""The health port's own limits: it answers whatever the others are filled with, to the last descriptor."""
+
+
+def server_settings(
+    config: Config, *, mode: Mode | None, allow_encoded_slash: bool, max_descriptor: int | None
+) -> Settings:
+    """Of a listener: of callers, or (`mode` None) of the agent, who is one peer with as many connections as it likes."""
+    limits, timeouts = config.limits, config.timeouts
+    return Settings(
+        mode=mode, handshake_timeout=timeouts.handshake, max_connections=limits.max_connections,
+        max_connections_per_peer=limits.max_connections_per_peer if mode is not None else None,
+        max_descriptor=max_descriptor,
+        limits=Limits(
+            max_header_bytes=limits.max_header_bytes, max_header_fields=limits.max_header_fields,
+            max_request_line_bytes=limits.max_request_line_bytes, max_streams=limits.max_streams,
+            header_timeout=timeouts.header, idle_timeout=timeouts.idle, keepalive_timeout=timeouts.keepalive,
+            linger_timeout=timeouts.lingering, drain_idle_timeout=timeouts.drain_idle,
+            allow_encoded_slash=allow_encoded_slash,
+        ),
+    )  # fmt: skip
+
+
+def client_settings(config: Config) -> ClientSettings:
+    limits, timeouts = config.limits, config.timeouts
+    return ClientSettings(
+        connect_timeout=timeouts.connect, handshake_timeout=timeouts.handshake, idle_timeout=timeouts.upstream_idle,
+        max_age=timeouts.upstream_age, keepalive_timeout=timeouts.keepalive,
+        max_connections=limits.max_upstream_connections, max_failures=limits.max_upstream_failures,
+        ejection=timeouts.ejection, max_header_bytes=limits.max_header_bytes, max_header_fields=limits.max_header_fields,
+    )  # fmt: skip
+
+
+def bounds(config: Config) -> Bounds:
+    return Bounds(
+        idle_timeout=config.timeouts.idle, body_timeout=config.timeouts.body, max_exchanges=config.limits.max_exchanges
+    )
+
+
+def seen(config: Config) -> Seen:
+    names = frozenset(name.encode("ascii") for name in config.policy_input.headers)
+    return Seen(headers=names, query=frozenset(config.policy_input.query), reserved=frozenset(map(fold, names)))
+
+
+def policy(config: Config) -> Policy:
+    """What the engine needs. Raises `OperatorFault` for a key file that cannot be read."""
+    assert config.policy is not None  # noqa: S101  (the configuration has one wherever OPA is a child of ours)
+    keys = {}
+    for name, key in config.policy.keys.items():
+        try:
+            keys[name] = (key.algorithm, key.file.read_bytes())
+        except OSError as error:
+            raise OperatorFault(
+                f"policy.keys.{name}.file: {key.file}: {error.strerror}", code="policy_key_unreadable"
+            ) from error
+    return Policy(source=config.policy.source, keys=keys, scope=config.policy.scope)
+
+
+def about_policy(fault: OperatorFault, config: Config) -> OperatorFault:
+    """The fault, with the key that names the bundle where it is about the bundle."""
+    if config.policy is None or not fault.code.startswith("bundle_"):
+        return fault
+    return OperatorFault(f"policy.source: {config.policy.source}: {fault}", code=fault.code)

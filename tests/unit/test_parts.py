@@ -1,0 +1,72 @@
+"""Nothing that an operator may set is forgotten on its way to the part that it is for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields, replace
+
+import pytest
+
+from sidecar import parts
+from sidecar.config import Config, Limits, Policy, PolicyInput, PolicyKey, Timeouts
+from sidecar.errors import OperatorFault
+
+ELSEWHERE = {"timeouts.drain", "timeouts.decision"}
+"""Used by the app itself, and by the decision point."""
+
+
+def told(config: Config) -> tuple[object, ...]:
+    settings = parts.server_settings(config, mode="strict", allow_encoded_slash=False, max_descriptor=None)
+    return settings, parts.client_settings(config), parts.bounds(config), parts.seen(config)
+
+
+def one_by_one() -> Iterator[tuple[str, Config]]:
+    config = Config()
+    for section, kind in (("timeouts", Timeouts), ("limits", Limits)):
+        before = getattr(config, section)
+        for field in fields(kind):
+            changed = replace(before, **{field.name: getattr(before, field.name) + 1})
+            yield f"{section}.{field.name}", replace(config, **{section: changed})
+    yield "policy_input.headers", replace(config, policy_input=PolicyInput(headers=("x-role",)))
+    yield "policy_input.query", replace(config, policy_input=PolicyInput(query=("role",)))
+
+
+@pytest.mark.parametrize(
+    ("key", "config"), list(one_by_one()), ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_each_value_reaches_somebody(key: str, config: Config) -> None:
+    assert (told(config) == told(Config())) is (key in ELSEWHERE)
+
+
+def test_the_agent_is_one_peer_and_may_have_all_connections() -> None:
+    config = Config()
+    callers = parts.server_settings(config, mode="permissive", allow_encoded_slash=True, max_descriptor=7)
+    agent = parts.server_settings(config, mode=None, allow_encoded_slash=False, max_descriptor=7)
+    assert callers.max_connections_per_peer == config.limits.max_connections_per_peer
+    assert agent.max_connections_per_peer is None
+    assert (callers.limits.allow_encoded_slash, agent.limits.allow_encoded_slash) == (True, False)
+    assert callers.max_descriptor == agent.max_descriptor == 7
+
+
+def test_health_is_answered_to_the_last_descriptor() -> None:
+    assert parts.HEALTH.max_descriptor is None
+    assert parts.HEALTH.max_connections_per_peer is None
+
+
+def test_a_key_that_cannot_be_read_is_named(tmp_path) -> None:
+    key = PolicyKey(algorithm="ES256", file=tmp_path / "absent.pub")
+    config = Config(policy=Policy(source=tmp_path / "bundle.tar.gz", keys={"k1": key}))
+    with pytest.raises(OperatorFault, match=r"policy\.keys\.k1\.file"):
+        parts.policy(config)
+    key.file.write_bytes(b"pem")
+    assert parts.policy(config).keys == {"k1": ("ES256", b"pem")}
+
+
+def test_a_fault_of_the_bundle_names_where_it_came_from(tmp_path) -> None:
+    config = Config(policy=Policy(source=tmp_path / "bundle.tar.gz", keys={}))
+    fault = parts.about_policy(OperatorFault("it does not verify", code="bundle_refused"), config)
+    assert fault.code == "bundle_refused"
+    assert str(fault).startswith("policy.source: ")
+    other = OperatorFault("no OPA", code="opa_missing")
+    assert parts.about_policy(other, config) is other
+    assert parts.about_policy(fault, Config()) is fault
