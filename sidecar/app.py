@@ -23,8 +23,6 @@ import trio
 from sidecar import config as configuration
 from sidecar import parts
 from sidecar.config import Config, FilesIdentity, InboundListener, OpaExternal
-from sidecar.decision import install, private
-from sidecar.decision.engine import Engine
 from sidecar.decision.external import External
 from sidecar.errors import OperatorFault
 from sidecar.exchange import Pipeline, Program
@@ -33,6 +31,7 @@ from sidecar.identity.current import Current
 from sidecar.identity.presented import Presented
 from sidecar.identity.proven import Proven
 from sidecar.inbound import Inbound
+from sidecar.keeping import Keeping
 from sidecar.listeners import Listeners
 from sidecar.log import Level, LineSink, Log
 from sidecar.management.health import Health
@@ -42,6 +41,7 @@ from sidecar.records import Records
 from sidecar.records.live_table import LiveTable
 from sidecar.records.metrics import Metrics
 from sidecar.serving import Serving
+from sidecar.supply import Supply
 from sidecar.wire.client import Client
 from sidecar.wire.handover import Alone, Succession
 from sidecar.wire.handover import Log as Tell
@@ -95,6 +95,13 @@ class App:
         self._records = Records(self._metrics, access.write if access is not None else None)
         self._client = Client(network, self._presented.in_use, parts.client_settings(config), log=self._event)
         self._decisions = self._decision_point(config)
+        if isinstance(self._decisions, Supply):
+            self._records.tell(self._decisions.decided)
+        self._decision_log = (
+            Keeping(config, client=self._client, log=self._event) if config.decision_log is not None else None
+        )
+        if self._decision_log is not None:
+            self._records.tell(self._decision_log.decided)
         self._seen = parts.seen(config)
         self._bounds = parts.bounds(config)
         self._routes = Routes(config.outbound.routes, config.outbound.mtls_mode) if config.outbound else None
@@ -127,6 +134,8 @@ class App:
                 refused = fault
             finally:
                 self._listeners.close()
+                if self._decision_log is not None:
+                    await self._decision_log.finish()
                 nursery.cancel_scope.cancel()
         await self._decisions.stop()
         if refused is not None:
@@ -167,6 +176,8 @@ class App:
         await self._listen()
         nursery.start_soon(self._flush_forever)
         await nursery.start(self._client.run)
+        if self._decision_log is not None:
+            nursery.start_soon(self._decision_log.run)
         if not self._listeners.succeeds:
             self._serving.accept(nursery, self._health)
         try:
@@ -256,20 +267,13 @@ class App:
 
     # ── policy ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _decision_point(self, config: Config) -> Engine | External:
+    def _decision_point(self, config: Config) -> Supply | External:
         if isinstance(config.opa, OpaExternal):
             return External(
                 config.opa.socket, self._network, peer_uid=config.opa.peer_uid, log=self._event,
                 decision_timeout=config.timeouts.decision,
             )  # fmt: skip
-        binary = install.find()
-        if binary is None:
-            raise OperatorFault("opa: OPA is not installed; run `sidecar opa install`", code="opa_missing")
-        return Engine(
-            parts.policy(config), self._network, binary=binary, log=self._event,
-            runtime_dir=private.place(config.state_dir, os.environ.get("XDG_RUNTIME_DIR")),
-            decision_timeout=config.timeouts.decision,
-        )  # fmt: skip
+        return Supply(config, network=self._network, client=self._client, log=self._event)
 
     # ── reload ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -284,7 +288,7 @@ class App:
             if reading is not None:
                 presented.check(reading.identity)
             routes = Routes(new.outbound.routes, new.outbound.mtls_mode, self._routes) if new.outbound else None
-            if isinstance(self._decisions, Engine):
+            if isinstance(self._decisions, Supply):
                 await self._reload_policy(self._decisions, new)
             if self._access is not None:
                 self._access.reopen()
@@ -294,10 +298,9 @@ class App:
         self._apply(new, routes, reading, nursery)
         self._event("config.reloaded", changed=list(changed.live))
 
-    async def _reload_policy(self, engine: Engine, new: Config) -> None:
-        policy = parts.policy(new)
+    async def _reload_policy(self, supply: Supply, new: Config) -> None:
         try:
-            await engine.reload(policy)
+            await supply.reload(new)
         except OperatorFault as fault:
             raise parts.about_policy(fault, new) from fault
 
@@ -359,7 +362,7 @@ class App:
             identity_not_after=identity.not_after if identity is not None else None,
             identity_generation=self._current.generation,
             identity_error=self._current.error,
-            bundle="ok" if self.config.policy is None or self._decisions.bundle_revision is not None else "missing",
+            bundle=self._decisions.bundle_state,
             bundle_revision=self._decisions.bundle_revision,
             bundle_error=self._decisions.bundle_error,
             opa=self._decisions.state,

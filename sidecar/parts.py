@@ -7,8 +7,8 @@ anything.
 from __future__ import annotations
 
 from sidecar.attempt import Seen
-from sidecar.config import Config
-from sidecar.decision.policy import Policy
+from sidecar.bundles.terms import Terms
+from sidecar.config import Config, Remote
 from sidecar.errors import OperatorFault
 from sidecar.exchange import Bounds
 from sidecar.model import Mode
@@ -62,8 +62,8 @@ def seen(config: Config) -> Seen:
     return Seen(headers=names, query=frozenset(config.policy_input.query), reserved=frozenset(map(fold, names)))
 
 
-def policy(config: Config) -> Policy:
-    """What the engine needs. Raises `OperatorFault` for a key file that cannot be read."""
+def terms(config: Config) -> Terms:
+    """On which bundles are taken. Raises `OperatorFault` for a key file that cannot be read."""
     assert config.policy is not None  # noqa: S101  (the configuration has one wherever OPA is a child of ours)
     keys = {}
     for name, key in config.policy.keys.items():
@@ -73,11 +73,17 @@ def policy(config: Config) -> Policy:
             raise OperatorFault(
                 f"policy.keys.{name}.file: {key.file}: {error.strerror}", code="policy_key_unreadable"
             ) from error
-    return Policy(source=config.policy.source, keys=keys, scope=config.policy.scope)
+    return Terms(
+        keys=keys, scope=config.policy.scope, minimum_serial=config.policy.minimum_serial,
+        max_policy_age=config.policy.max_policy_age,
+    )  # fmt: skip
 
 
 def about_policy(fault: OperatorFault, config: Config) -> OperatorFault:
     """The fault, with the key that names the bundle where it is about the bundle."""
     if config.policy is None or not fault.code.startswith("bundle_"):
         return fault
-    return OperatorFault(f"policy.source: {config.policy.source}: {fault}", code=fault.code)
+    source = config.policy.source
+    return OperatorFault(
+        f"policy.source: {source.url if isinstance(source, Remote) else source}: {fault}", code=fault.code
+    )

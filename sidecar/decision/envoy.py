@@ -40,6 +40,11 @@ def contract(decision: str) -> Contract:
     )
 
 
+def words(decision: str | None) -> Contract:
+    """The contract in force: the plugin's for this rule, or our own where there is none."""
+    return ours.OURS if decision is None else contract(decision)
+
+
 def question(inquiry: Inquiry) -> bytes:
     """Return the body of the query. Raises `NoDecision` (`decision_unaskable`)."""
     path = _path_with_query(inquiry)

@@ -25,6 +25,8 @@ class External:
 
     restarts = 0
     bundle_error: str | None = None
+    bundle_state = "ok"
+    """Not ours to know."""
 
     def __init__(
         self,

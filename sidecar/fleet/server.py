@@ -19,7 +19,7 @@ halts the rollout, with an entry in the audit log by "gates".
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -83,8 +83,8 @@ class Fleet:
         self._shelves: dict[str, Shelf] = {}
         self._changes = -1
         self._draining = False
-        self._lost: str | None = None
-        """Why the database cannot be used, as it was told last; None where it can."""
+        self._lost: dict[str, str] = {}
+        """What of `watch` cannot be done, and the code that was told for it."""
         self._verifying = trio.CapacityLimiter(1)
         self._written = trio.CapacityLimiter(4)
 
@@ -103,6 +103,11 @@ class Fleet:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._follow)
             nursery.start_soon(self._look_forever)
+
+    @property
+    def lost(self) -> str | None:
+        """The code of why the database cannot be used; None where it can. Without it nothing changes, and bundles are served."""
+        return next(iter(self._lost.values()), None)
 
     def drain(self) -> None:
         """Answer whoever waits now, and hold no question any more."""
@@ -318,17 +323,17 @@ class Fleet:
                 shelf.renew(await self._state.load(shelf.name))
             self._changes = changes
 
-    async def _or_tell(self, body: Callable[[], Awaitable[None]]) -> bool:
-        """Whether it could be done. Why not is told once."""
+    async def _or_tell(self, body: Callable[[], Coroutine[object, object, None]]) -> bool:
+        """Whether it could be done. Why not is told once, and that all of it can be done again."""
+        name = body.__name__
         try:
             await body()
         except SidecarError as error:
-            if self._lost != error.code:
-                self._lost = error.code
+            if error.code not in self._lost.values():
                 self._log("fleet.state_lost", "error", code=error.code, reason=error.detail)
+            self._lost[name] = error.code
             return False
-        if self._lost is not None:
-            self._lost = None
+        if self._lost.pop(name, None) is not None and not self._lost:
             self._log("fleet.state_recovered", "info")
         return True
 

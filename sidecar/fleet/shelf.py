@@ -135,7 +135,11 @@ class Shelf:
         """Write down who asked since the last time."""
         if self._met:
             contacts, self._met = self._met, {}
-            self._learn(await self._state.hear(self.name, contacts.values()))
+            try:
+                self._learn(await self._state.hear(self.name, contacts.values()))
+            except BaseException:
+                self._met = contacts | self._met
+                raise
 
     async def heard(self, contact: Contact) -> Row:
         """Somebody reported: return once that is kept. Those who report at the same time share a transaction."""
@@ -155,6 +159,7 @@ class Shelf:
         try:
             rows = await self._state.hear(self.name, [*met.values(), *(one.contact for one in batch)])
         except SidecarError as error:
+            self._met = met | self._met
             for one in batch:
                 one.error = error
         except BaseException:  # only this one of them gives up

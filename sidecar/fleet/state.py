@@ -24,7 +24,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sidecar.errors import ClientFault, OurFault
 from sidecar.fleet import notation, reports, tables
 from sidecar.fleet.reports import Contact, Row
-from sidecar.fleet.rollout import Rollout, Version
+from sidecar.fleet.rollout import Malformed, Rollout, Version
 
 if TYPE_CHECKING:
     import psycopg
@@ -309,12 +309,19 @@ def _load(connection: Connection, bundle: str) -> Kept:
     found = connection.execute(select(tables.rollouts).where(tables.rollouts.c.bundle == bundle)).mappings().first()
     rows = connection.execute(select(tables.versions).where(tables.versions.c.bundle == bundle)).mappings()
     return Kept(
-        rollout=Rollout(bundle=bundle) if found is None else notation.from_json(json.loads(found["document"])),
+        rollout=Rollout(bundle=bundle) if found is None else _rollout(found["document"]),
         version=0 if found is None else found["version"],
         moved_at=0.0 if found is None else found["moved_at"],
         published={row["serial"]: _published(row) for row in rows},
         changes=changes,
     )
+
+
+def _rollout(document: str) -> Rollout:
+    try:
+        return notation.from_json(json.loads(document))
+    except (ValueError, Malformed) as error:  # of a program that knows more, or of somebody's hand
+        raise StateUnavailable(f"what is kept of a rollout cannot be read: {error}") from error
 
 
 def _changes(connection: Connection) -> int:

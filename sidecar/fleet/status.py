@@ -115,7 +115,9 @@ def table(document: Mapping[str, object]) -> list[str]:
         for name, word in (("behind", "behind"), ("silent", "silent"), ("error", "with an error"))
     ]
     running = cast("Mapping[str, int]", counts["by_serial"])
-    parts += [f"{count} run {serial}" for serial, count in sorted(running.items())]
+    parts += [
+        f"{count} {'unknown' if serial == 'none' else f'run {serial}'}" for serial, count in sorted(running.items())
+    ]
     return [*lines, "", ", ".join(parts)]
 
 

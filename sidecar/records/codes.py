@@ -51,7 +51,14 @@ _UPSTREAM = """
     upgrade_malformed upgrade_refused upgrade_unsupported
 """
 
-CODES = frozenset(f"{_CONNECTION} {_REQUEST} {_SIDECAR} {_UPSTREAM}".split())
+_FLEET = """
+    bundle_from_future bundle_not_taken content_malformed content_too_large fleet_archive_conflict fleet_bundle_missing
+    fleet_bundle_unknown fleet_path_unknown fleet_serial_mismatch fleet_serial_taken fleet_state_unavailable
+    fleet_store_unavailable label_malformed media_type_unsupported method_not_allowed query_malformed
+    rollout_conflict rollout_malformed rollout_not_seen rollout_outrun
+"""
+
+CODES = frozenset(f"{_CONNECTION} {_REQUEST} {_SIDECAR} {_UPSTREAM} {_FLEET}".split())
 
 NONE = "none"
 OTHER = "other"

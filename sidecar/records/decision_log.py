@@ -22,7 +22,7 @@ import trio
 
 from sidecar.errors import OperatorFault, SidecarError
 from sidecar.log import LineSink, timestamp
-from sidecar.model import Allow, Decided, Deny, Inquiry
+from sidecar.model import Allow, Decided, Deny, Direction, Inquiry
 
 Log = Callable[..., None]
 Post = Callable[[bytes], Awaitable[int]]
@@ -38,7 +38,7 @@ _SECRET_RESULTS = ("request_headers", "response_headers")
 
 
 def event(
-    decided: Decided, *, path: Callable[[str], str], labels: Mapping[str, str], mask: Sequence[tuple[str, ...]]
+    decided: Decided, *, path: Callable[[Direction], str], labels: Mapping[str, str], mask: Sequence[tuple[str, ...]]
 ) -> dict[str, object]:
     """The event of one decision. `path` gives a direction's entrypoint, `mask` is parsed pointers (`pointer`)."""
     decision = decided.decision
@@ -207,7 +207,7 @@ class DecisionLog:
     """Makes an event of each decision and hands it to whoever takes it."""
 
     def __init__(
-        self, takers: Sequence[Events], *, path: Callable[[str], str], labels: Mapping[str, str], mask: Sequence[str]
+        self, takers: Sequence[Events], *, path: Callable[[Direction], str], labels: Mapping[str, str], mask: Sequence[str]
     ) -> None:
         self.failed = 0
         """Decisions of which no event could be made."""

@@ -18,6 +18,7 @@ import socket
 import ssl
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import trio
 
@@ -113,6 +114,19 @@ class Credentials:
         if context is None:
             context = self._clients[alpn] = _client_context(self.identity, alpn)
         return context
+
+
+def web_context(ca: Path | None) -> ssl.SSLContext:
+    """For servers of the web PKI, proven by name: certified by `ca` (PEM), or by whom the system trusts.
+
+    Raises `OperatorFault` (`ca_unusable`).
+    """
+    try:
+        context = ssl.create_default_context(cafile=ca)
+    except (OSError, ssl.SSLError) as error:
+        raise OperatorFault(f"{ca}: {error}", code="ca_unusable") from error
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    return context
 
 
 async def accept(sock: socket.socket, context: ssl.SSLContext, judge: Judge) -> TlsStream:

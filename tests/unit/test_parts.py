@@ -57,9 +57,9 @@ def test_a_key_that_cannot_be_read_is_named(tmp_path) -> None:
     key = PolicyKey(algorithm="ES256", file=tmp_path / "absent.pub")
     config = Config(policy=Policy(source=tmp_path / "bundle.tar.gz", keys={"k1": key}))
     with pytest.raises(OperatorFault, match=r"policy\.keys\.k1\.file"):
-        parts.policy(config)
+        parts.terms(config)
     key.file.write_bytes(b"pem")
-    assert parts.policy(config).keys == {"k1": ("ES256", b"pem")}
+    assert parts.terms(config).keys == {"k1": ("ES256", b"pem")}
 
 
 def test_a_fault_of_the_bundle_names_where_it_came_from(tmp_path) -> None:

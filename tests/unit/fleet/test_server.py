@@ -833,6 +833,9 @@ async def test_while_the_database_is_gone_what_was_known_is_handed_out(tmp_path:
                 while not any(event == "fleet.state_recovered" for event, *_ in asker.events):
                     await trio.sleep(0.1)
             assert (await asker.publish(2)).status == 201
+            await asker.report("a", serial=1, error={"code": "x"})
+            assert set(await asker.lines()) == {"a", "b"}  # who asked in the meantime is not lost
+            assert (await asker.lines())["a"]["error"]["serial"] == 1
             nursery.cancel_scope.cancel()
         lost = [event for event, *_ in asker.events if event == "fleet.state_lost"]
         assert len(lost) == 1

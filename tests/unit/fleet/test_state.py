@@ -238,6 +238,17 @@ async def test_a_database_that_cannot_be_used_says_why_and_shows_no_password(whe
     assert "hunter2" not in str(caught.value)
 
 
+async def test_a_rollout_that_cannot_be_read_is_not_taken_for_none(database: Path | str) -> None:
+    state = await State.open(database)
+    await step(state, await state.load("sidecar"), ROLLOUT)
+    for document in ("{", '{"state": "flying"}', json.dumps({**notation.to_json(ROLLOUT), "gates": {"max_moons": 1}})):
+        change = text("UPDATE rollouts SET document = :document").bindparams(document=document)
+        await state._write(lambda connection, change=change: connection.execute(change))
+        with pytest.raises(StateUnavailable, match="cannot be read"):
+            await state.load("sidecar")
+    await state.close()
+
+
 async def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"no database" * 1000)
     with pytest.raises(OperatorFault, match="not a database"):

@@ -1,0 +1,318 @@
+"""Policy on its way into one sidecar: from where bundles come to the OPA that decides, and what is told back.
+
+    source ──▶ relay (verify, accept, remember) ──▶ engine (an OPA for each bundle) ──▶ decisions
+                                                        shadow ◀── candidate
+    reports ◀── what runs, what failed, what was decided, what a candidate would change
+
+A source that is a file is part of the start: one that gives nothing, with nothing remembered either, refuses it. A server
+may be away: then the last good bundle runs, or the sidecar is not ready until there is one. Whoever has a bundle in hand
+(the local operator, for one) gives it to `relay.offer`, the function that every other bundle passes too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Awaitable, Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+
+import trio
+
+from sidecar import parts, servers
+from sidecar.bundles.freshness import FreshOnly
+from sidecar.bundles.memory import Memory
+from sidecar.bundles.relay import Relay
+from sidecar.bundles.sources import MEDIA_TYPE, Answer, Files, Server, Source
+from sidecar.bundles.terms import key_of_this_process, taken
+from sidecar.config import Config, Policy, Remote
+from sidecar.decision import install, private
+from sidecar.decision.engine import Engine
+from sidecar.decision.envoy import words
+from sidecar.decision.shadow import Shadow
+from sidecar.errors import OperatorFault, SidecarError
+from sidecar.log import timestamp
+from sidecar.model import Allow, Decided, Decision, Inquiry
+from sidecar.wire.client import Client
+from sidecar.wire.network import Network
+
+REPORT_INTERVAL = 10.0
+_REPORT_TIMEOUT = 10.0
+_MAX_ANSWER_BYTES = 1 << 16
+_CANDIDATE_WAIT = 30.0
+_CANDIDATE_RETRY = 10.0
+
+
+class Supply:
+    """`model.DecisionPoint`. `run` has to be running; it raises `OperatorFault` where there is nothing to begin with."""
+
+    def __init__(self, config: Config, *, network: Network, client: Client, log: Callable[..., None]) -> None:
+        assert config.policy is not None  # noqa: S101  (the configuration has one wherever OPA is a child of ours)
+        binary = install.find()
+        if binary is None:
+            raise OperatorFault("opa: OPA is not installed; run `sidecar opa install`", code="opa_missing")
+        self._config = config
+        self._policy: Policy = config.policy
+        self._network = network
+        self._client = client
+        self._log = log
+        self._binary = binary
+        self._engine = self._made_engine(log)
+        self.relay = Relay(parts.terms(config), Memory(config.state_dir / "policy"), self._engine.activate, log)
+        self._point = FreshOnly(self._engine, lambda: self.relay.stale)
+        shadow = config.policy.shadow
+        self.shadow = Shadow(sample=shadow.sample, max_queue=shadow.max_queue) if shadow is not None else None
+        self._counts = _Counts()
+        self._scope = trio.CancelScope()
+        self._following = trio.CancelScope()
+        self._nursery: trio.Nursery
+
+    async def decide(self, inquiry: Inquiry) -> Decision:
+        return await self._point.decide(inquiry)
+
+    def decided(self, record: Decided) -> None:
+        """Told of each decision that was asked for."""
+        self._counts.count(record, self._engine.bundle_revision)
+        if self.shadow is not None:
+            self.shadow.decided(record)
+
+    # ── life ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Be ready once decisions can be had, or at once where they come from a server. Ends by `stop` or cancellation."""
+        fault: OperatorFault | None = None
+        with self._scope:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                await nursery.start(self._engine.run)
+                try:
+                    await self._begin(nursery)
+                except OperatorFault as error:
+                    fault = error  # raised below: a nursery would wrap it into a group
+                else:
+                    if self.shadow is not None:
+                        nursery.start_soon(self.shadow.run)
+                        nursery.start_soon(self._follow_candidate, self.shadow)
+                    if self._policy.report and isinstance(self._policy.source, Remote):
+                        nursery.start_soon(self._report_forever, self._policy.source)
+                    task_status.started()
+                    await trio.sleep_forever()
+                nursery.cancel_scope.cancel()
+        if fault is not None:
+            raise fault
+
+    async def stop(self) -> None:
+        await self._engine.stop()
+        self._scope.cancel()
+
+    async def _begin(self, nursery: trio.Nursery) -> None:
+        source = self._source(self._policy)
+        if isinstance(self._policy.source, Remote):
+            nursery.start_soon(self._follow, self.relay.run, source)
+            return
+        await self.relay.load()
+        try:
+            await self.relay.offer_best(await source.changed())
+        except OperatorFault as fault:
+            try:
+                await self.relay.restore()
+            except OperatorFault:
+                raise fault from None
+        nursery.start_soon(self._follow, self.relay.follow, source)
+
+    async def _follow(self, follow: Callable[[Source], Awaitable[None]], source: Source) -> None:
+        with trio.CancelScope() as self._following:
+            await follow(source)
+
+    # ── a reload ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def reload(self, new: Config) -> None:
+        """Take up what a configuration says now, and what its source holds. Raises `OperatorFault`, and nothing has changed."""
+        assert new.policy is not None  # noqa: S101
+        before = self.relay.terms
+        await self.relay.change(parts.terms(new))
+        source = self._source(new.policy)
+        try:
+            if not isinstance(new.policy.source, Remote):
+                await self.relay.offer_best(await source.changed())
+        except OperatorFault:
+            await self.relay.change(before)
+            raise
+        self._config, self._policy = new, new.policy
+        self._following.cancel()
+        self._nursery.start_soon(self._follow, self.relay.follow, source)
+
+    # ── where from ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _source(self, policy: Policy) -> Source:
+        bounds = self.relay.terms.bounds
+        if isinstance(policy.source, Path):
+            return Files(policy.source, bounds)
+        asking = servers.asking(servers.with_labels(policy.source, self._config.labels), self._client)
+
+        async def ask(fields: Sequence[tuple[bytes, bytes]], timeout: float) -> Answer:
+            status, etag, body = await asking("GET", fields, b"", bounds.max_archive_bytes + 1, timeout)
+            return Answer(status=status, etag=etag, archive=body)
+
+        return Server(policy.source.url, ask)
+
+    # ── a candidate ───────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _follow_candidate(self, shadow: Shadow) -> None:
+        """Compare with whatever is named as the candidate. It is verified like any bundle, and accepted by nobody."""
+        named, ours = self._policy.shadow, key_of_this_process()
+        engine = self._made_engine(lambda *_, **__: None)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(engine.run)
+            source = Files(named.source, self.relay.terms.bounds) if named is not None and named.source else None
+            etag = ""
+            while True:
+                try:
+                    if source is not None:
+                        archive: bytes | None = await trio.to_thread.run_sync((await source.changed())[0].read)
+                    else:
+                        archive, etag = await self._next_candidate(etag)
+                    if archive is None:
+                        shadow.stop()
+                        continue
+                    verified = await trio.to_thread.run_sync(taken, self.relay.terms, ours, archive)
+                    await engine.activate(verified.handed)
+                except SidecarError as fault:
+                    self._log("candidate.refused", "warning", code=fault.code, reason=str(fault))
+                    await trio.sleep(_CANDIDATE_RETRY)
+                else:
+                    release = verified.release
+                    shadow.compare_with(engine, revision=release.revision, serial=release.serial)
+                    self._log("candidate.compared", "info", revision=release.revision, serial=release.serial)
+
+    async def _next_candidate(self, etag: str) -> tuple[bytes | None, str]:
+        """Wait for another candidate than the one with this tag; None where there is none now."""
+        assert isinstance(self._policy.source, Remote)  # noqa: S101  (the configuration sees to it)
+        remote = servers.with_labels(servers.candidate_of(self._policy.source), self._config.labels)
+        ask = servers.asking(remote, self._client)
+        fields = [(b"accept", MEDIA_TYPE), (b"prefer", b"wait=%d" % _CANDIDATE_WAIT)]
+        fields += [(b"if-none-match", etag.encode("ascii"))] if etag else []
+        while True:
+            status, tag, body = await ask(
+                "GET", fields, b"", self.relay.terms.bounds.max_archive_bytes, 2 * _CANDIDATE_WAIT
+            )
+            if status == 200:
+                return body, tag
+            if status in {204, 404}:
+                await trio.sleep(_CANDIDATE_RETRY)
+                return None, ""
+            if status != 304:
+                raise OperatorFault(f"{remote.url} answered {status}", code="bundle_server_refused")
+
+    # ── what is told back ─────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _report_forever(self, server: Remote) -> None:
+        ask, failing = servers.asking(servers.at(server, "/v1/status"), self._client), False
+        while True:
+            body = json.dumps(self.report(server)).encode()
+            try:
+                status, _, _ = await ask(
+                    "POST", [(b"content-type", b"application/json")], body, _MAX_ANSWER_BYTES, _REPORT_TIMEOUT
+                )
+                problem = None if 200 <= status < 300 else f"{server.authority} answered {status}"
+            except SidecarError as fault:
+                problem = f"{fault.code}: {fault}"
+            if (problem is not None) != failing:
+                failing = problem is not None
+                self._log(
+                    "report.failed" if failing else "report.taken", "warning" if failing else "info", reason=problem
+                )
+            await trio.sleep(REPORT_INTERVAL)
+
+    def report(self, server: Remote) -> dict[str, object]:
+        """What this sidecar says of itself. Who it is, the server knows from its certificate."""
+        running, error, shadow = self.relay.running, self.relay.error, self.shadow
+        differences = shadow.differences if shadow is not None else None
+        return {
+            "bundle": servers.name_of(server),
+            "revision": running.release.revision if running else None,
+            "serial": running.release.serial if running else None,
+            "digest": running.digest if running else None,
+            "created": timestamp(running.release.created) if running else None,
+            "activated_at": timestamp(running.activated_at) if running else None,
+            "error": {"code": error.code, "message": error.reason, "serial": error.serial} if error else None,
+            "counters": {"allowed": self._counts.allowed, "denied": self._counts.denied, "errors": self._counts.errors},
+            "shadow": None
+            if differences is None
+            else {
+                "serial": differences.serial, "compared": differences.compared, "dropped": differences.dropped,
+                "allow_to_deny": differences.allow_to_deny, "deny_to_allow": differences.deny_to_allow,
+                "examples": [
+                    {"caller": one.caller, "method": one.method, "path": one.path, "was": one.was, "would": one.would}
+                    for one in differences.examples
+                ],
+            },
+            "labels": dict(self._config.labels),
+            "version": _version(),
+        }  # fmt: skip
+
+    # ── what is known of it ───────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def state(self) -> str:
+        """Of OPA. One that waits for its first bundle is well: what is missing is the bundle."""
+        return "ok" if self._engine.state == "starting" else self._engine.state
+
+    @property
+    def restarts(self) -> int:
+        return self._engine.restarts
+
+    @property
+    def bundle_revision(self) -> str | None:
+        return self._engine.bundle_revision
+
+    @property
+    def bundle_error(self) -> str | None:
+        refusal = self.relay.error or self.relay.unreachable
+        return str(refusal) if refusal is not None else None
+
+    @property
+    def bundle_state(self) -> str:
+        """`ok`, or what is wrong with the bundle."""
+        return "missing" if self._engine.bundle is None else "expired" if self.relay.stale else "ok"
+
+    @property
+    def decision_timeout(self) -> float:
+        return self._engine.decision_timeout
+
+    @decision_timeout.setter
+    def decision_timeout(self, seconds: float) -> None:
+        self._engine.decision_timeout = seconds
+
+    def _made_engine(self, log: Callable[..., None]) -> Engine:
+        return Engine(
+            self._network, binary=self._binary, log=log, words=words(self._policy.decision if self._policy.input == "envoy" else None),
+            runtime_dir=private.place(self._config.state_dir, os.environ.get("XDG_RUNTIME_DIR")),
+            decision_timeout=self._config.timeouts.decision,
+        )  # fmt: skip
+
+
+class _Counts:
+    """Decisions since the revision in force took over."""
+
+    def __init__(self) -> None:
+        self.allowed = self.denied = self.errors = 0
+        self._revision: str | None = None
+
+    def count(self, record: Decided, revision: str | None) -> None:
+        if revision != self._revision:
+            self._revision = revision
+            self.allowed = self.denied = self.errors = 0
+        if record.decision is None:
+            self.errors += 1
+        elif isinstance(record.decision, Allow):
+            self.allowed += 1
+        else:
+            self.denied += 1
+
+
+def _version() -> str:
+    try:
+        return metadata.version("policy-sidecar")
+    except metadata.PackageNotFoundError:
+        return "unknown"
