@@ -1,11 +1,13 @@
 """One request, start to end. READ THIS FIRST.
 
     plan → inquire → decide → permit → forward → respond → record
+                                     └ answer ┘
 
 `Pipeline.handle` is called by the wire with each parsed request and the way back. The program whose pipeline it is (inbound,
 outbound) has planned what would be sent, to whom, and what is asked about it (`Attempt`); this file asks, and only here does
 an allowing decision become a `Permit`, without which nothing is forwarded. What was decided on is what is sent: the attempt that
 was asked about is the one that is forwarded (`forward`), and another transport or target is another attempt and another question.
+A program that serves by itself plans an answer of its own (`answer`): it too is given nothing but a permit.
 
 What is too much is refused before anybody is asked: more exchanges at once than the sidecar may have (503), more requests than a
 route's bucket has tokens for (429). A route may bound the whole of an exchange (504); without that it lasts as long as
@@ -26,13 +28,15 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from time import perf_counter
 from typing import Protocol
 
 import trio
 
-from sidecar.attempt import Attempt, Ids
+from sidecar.answer import Answer
+from sidecar.attempt import Attempt, Ids, OwnAnswer
 from sidecar.errors import ClientFault, NoDecision, Overloaded, PlaintextOnly, SidecarError, UpstreamFault
 from sidecar.forward import Forward, Notes
 from sidecar.model import (
@@ -59,7 +63,7 @@ from sidecar.wire.passing import cut
 
 
 class Program(Protocol):
-    """What inbound and outbound differ in."""
+    """What inbound, outbound and whatever answers by itself differ in."""
 
     @property
     def direction(self) -> Direction: ...
@@ -72,8 +76,8 @@ class Program(Protocol):
         """Our entry in `Via`: protocol version and pseudonym."""
         ...
 
-    def attempt(self, connection: Connection, request: Request, ids: Ids) -> Attempt:
-        """Return what would be sent and asked. Raises `ClientFault`."""
+    def attempt(self, connection: Connection, request: Request, ids: Ids) -> Attempt | OwnAnswer:
+        """Return what would be sent or answered, and asked. Raises `ClientFault`."""
         ...
 
 
@@ -181,24 +185,34 @@ class Pipeline:
                     notes.ended("denied")
                     await self._answer(_denied(decision, request.head, ids), reply, notes)
                     return
-                forward = Forward(
-                    permit=_permit(request, decision, connection, scope), attempt=attempt, reply=reply, notes=notes,
-                    via=self.program.via, scope=scope, began=now, idle_timeout=bounds.idle_timeout, end=end,
-                    body_timeout=bounds.body_timeout, stopwatch=self._stopwatch,
-                )  # fmt: skip
-                try:
-                    await forward.run(self._client)
-                except PlaintextOnly as fault:
-                    if attempt.step_down is None:
-                        raise
-                    attempt, now = attempt.step_down(fault), trio.current_time()
-                    continue
+                if isinstance(attempt, OwnAnswer):
+                    given = Answer(
+                        request, reply, moved=partial(_postpone, scope, bounds.idle_timeout, end),
+                        body_timeout=bounds.body_timeout,
+                    )  # fmt: skip
+                    permit = _permit(given.request, decision, connection, scope)
+                    response = await given.run(permit, attempt.answer)
+                    notes.status = response.head.status
+                    await reply.send(response)
+                else:
+                    forward = Forward(
+                        permit=_permit(request, decision, connection, scope), attempt=attempt, reply=reply, notes=notes,
+                        via=self.program.via, scope=scope, began=now, idle_timeout=bounds.idle_timeout, end=end,
+                        body_timeout=bounds.body_timeout, stopwatch=self._stopwatch,
+                    )  # fmt: skip
+                    try:
+                        await forward.run(self._client)
+                    except PlaintextOnly as fault:
+                        if attempt.step_down is None:
+                            raise
+                        attempt, now = attempt.step_down(fault), trio.current_time()
+                        continue
                 notes.ended("allowed")
             if scope.cancelled_caught:
                 raise _late(reply, overdue=trio.current_time() >= end)
             return
 
-    async def _decide(self, attempt: Attempt, ids: Ids, notes: Notes) -> Allow | Deny:
+    async def _decide(self, attempt: Attempt | OwnAnswer, ids: Ids, notes: Notes) -> Allow | Deny:
         began = self._stopwatch()
         decision: Allow | Deny | None = None
         code: str | None = "cancelled"
@@ -248,6 +262,11 @@ def _permit(request: Request, allow: Allow, connection: Connection, scope: trio.
     )  # fmt: skip
 
 
+def _postpone(scope: trio.CancelScope, idle_timeout: float, end: float) -> None:
+    """Something has moved."""
+    scope.deadline = min(trio.current_time() + idle_timeout, end)
+
+
 def _late(reply: Reply, *, overdue: bool) -> SidecarError | Aborted:
     """What a cancelled exchange has come to. `overdue`: the whole of it took too long, and it need not have been idle."""
     code, reason = ("route_timeout", "it took too long") if overdue else ("exchange_idle", "no byte moved for too long")
@@ -281,6 +300,7 @@ def _record(
     started_at: float, seconds: float,
 ) -> Exchange:  # fmt: skip
     attempt, decision = notes.attempt, notes.decision
+    upstream = attempt.upstream if attempt is not None else None
     return Exchange(
         exchange_id=ids.exchange,
         connection_id=connection.id,
@@ -306,9 +326,9 @@ def _record(
         rule=decision.rule if decision is not None else None,
         reason=decision.reason if decision is not None else None,
         revision=decision.revision if decision is not None else None,
-        upstream=str(attempt.upstream.address) if attempt is not None else None,
+        upstream=str(upstream.address) if upstream is not None else None,
         upstream_id=notes.peer_id,
-        upstream_tls=attempt.upstream.tls if attempt is not None else None,
+        upstream_tls=upstream.tls if upstream is not None else None,
         decision_seconds=notes.decision_seconds,
         upstream_seconds=notes.upstream_seconds,
     )

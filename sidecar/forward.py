@@ -21,7 +21,7 @@ from random import uniform
 
 import trio
 
-from sidecar.attempt import Attempt
+from sidecar.attempt import Attempt, OwnAnswer
 from sidecar.errors import ClientFault, MaybeSent, NoAnswer, NotSent, PlaintextOnly, SidecarError, UpstreamFault
 from sidecar.model import (
     Aborted,
@@ -62,7 +62,7 @@ class Notes:
         self.error: str | None = "cancelled"
         self.detail: str | None = None
         self.status: int | None = None
-        self.attempt: Attempt | None = None
+        self.attempt: Attempt | OwnAnswer | None = None
         self.decision: Allow | Deny | None = None
         self.decision_seconds = 0.0
         self.upstream_seconds = 0.0

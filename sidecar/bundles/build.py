@@ -240,7 +240,15 @@ def _write(stage: Path, files: Mapping[str, bytes]) -> None:
 def _run(opa: Path, stage: Path, *arguments: str) -> str:
     command = [str(opa.resolve()), *arguments]
     try:
-        done = subprocess.run(command, cwd=stage, capture_output=True, text=True, timeout=_OPA_TIMEOUT, check=False)
+        done = subprocess.run(
+            command,
+            cwd=stage,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=_OPA_TIMEOUT,
+            check=False,
+        )
     except subprocess.TimeoutExpired as error:
         raise NotBuilt(f"opa {arguments[0]}: no end in {_OPA_TIMEOUT:g} s") from error
     except OSError as error:

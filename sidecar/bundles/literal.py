@@ -4,10 +4,13 @@ The policy library reads a caller's roles from data, and pays for each rule in t
 well formed and which kind its patterns are. Both can be known when the bundle is built. What comes out takes the place of the
 package `sidecar.callers` of the library, with the same rules by the same names, so that the decision, its reason and the id of
 its rule are the same ones (a property test asks both forms). Each role is a branch of its own in the tree of rules
-(`role["readers"].granted`), so that looking one up costs the same however many there are; in it each pattern is one rule,
-which says the method and the literal segments of its path in a way that OPA's index understands.
+(`role["readers"].allows`), so that looking one up costs the same however many there are. In it each pattern is one rule, which
+compares segments of the path, one by one, with what it wants: that is what OPA's index is made of, so that of thousands only
+those are looked at whose path begins as the request's does. These rules are kept as short as can be, since OPA needs some
+20 KB of memory for each; what is the same for all is asked once, before.
 
-The data must have passed the library's lint: malformed data has a meaning there (it refuses), and none here. Pure.
+The data must have passed the library's lint: malformed data has a meaning there (it refuses), and none here. Segments of the
+path are those of a canonical target: none is empty but the last. Pure.
 
 Source: "Policy Performance" in OPA's documentation (use of the index).
 """
@@ -15,7 +18,6 @@ Source: "Policy Performance" in OPA's documentation (use of the index).
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import cast
 
@@ -37,20 +39,55 @@ import data.sidecar.match
 
 verdict := min({[stance(name), name] | some name in bound})
 
+stance(name) := "denied" if {
+\tasked
+\tsome methods in role[name].denies
+\tnamed(methods)
+} else := "granted" if {
+\tsome methods in allows(name)
+\tnamed(methods)
+} else := "silent"
+
+methods contains method if {
+\tsome name in bound
+\tsome methods in allows(name)
+\tsome method in methods
+}
+
+fields_in_the_way contains field if {
+\tasked
+\tsome name in bound
+\tsome [methods, field] in role[name].lacks
+\tnamed(methods)
+}
+
+granted_in_other_mode if {
+\tasked
+\tsome name in bound
+\tsome methods in role[name].elsewhere
+\tnamed(methods)
+}
+
 proven if {
 \tis_string(input.caller)
 \tinput.tls == true
 }
 
-path := access.path
+# For each allow rule of the role that covers the request, the methods that it grants.
+allows(name) := {methods |
+\tasked
+\tinput.tls == true
+\tsome methods in role[name].over_tls
+} | {methods |
+\tasked
+\ton_transport
+\tsome methods in role[name].anyhow
+}
 
-# As `match.any_fits` compares prefixes.
-slashed := concat("", [path, "/"])
-
-# What a deny covers: both spellings.
-spellings := match.spellings(path)
-
-all_slashed := {concat("", [one, "/"]) | some one in spellings}
+named(methods) if {
+\tis_string(input.method)
+\tcount({"*", input.method} & methods) > 0
+}
 
 on_transport if input.tls == true
 
@@ -59,37 +96,21 @@ on_transport if {
 \tinput.mtls_mode != "strict"
 }
 
-methods contains method if {
-\tsome name in bound
-\tsome method in role[name].methods
+asked if {
+\taccess.path
+\tinput.mtls_mode in {"strict", "permissive", "disabled"}
 }
-
-fields_in_the_way contains field if {
-\tsome name in bound
-\tsome field in role[name].fields_in_the_way
-}
-
-granted_in_other_mode if {
-\tsome name in bound
-\trole[name].granted_in_other_mode
-}
-
-stance(name) := "denied" if {
-\trole[name].denied
-} else := "granted" if {
-\trole[name].granted
-} else := "silent"
 
 # There is no such role: it says to OPA what a role may have.
-role[""].denied if false
+role[""].denies contains set() if false
 
-role[""].granted if false
+role[""].over_tls contains set() if false
 
-role[""].granted_in_other_mode if false
+role[""].anyhow contains set() if false
 
-role[""].methods contains "" if false
+role[""].elsewhere contains set() if false
 
-role[""].fields_in_the_way contains "" if false
+role[""].lacks contains [set(), ""] if false
 """
 
 
@@ -140,93 +161,82 @@ def _role(name: str, role: Mapping[str, Value]) -> Iterator[str]:
     branch = f"role[{_quoted(name)}]"
     for rule in map(_mapping, _list(role.get("deny"))):
         for pattern in _texts(rule.get("paths")):
-            yield _rule(f"{branch}.denied", _method(rule), *_hints(pattern), _in_mode(rule), _refuses(pattern))
+            for spelling in _spellings(pattern):
+                yield _rule(f"{branch}.denies contains {_methods(rule)}", *_fits(spelling), *_in_mode(rule))
     for rule in map(_mapping, _list(role.get("allow"))):
         yield from _allow(branch, rule)
 
 
 def _allow(branch: str, rule: Mapping[str, Value]) -> Iterator[str]:
+    methods, in_mode = _methods(rule), _in_mode(rule)
+    tls = rule.get("require_tls") is not False
+    transport = "input.tls == true" if tls else "on_transport"
+    others = set(_MODES) - set(_modes(rule))
     fields = [(name, _texts(accepted)) for name, accepted in sorted(_mapping(rule.get("headers")).items())]
     carried = [f"access.carried({_quoted(name)}, {_quoted(accepted)})" for name, accepted in fields]
-    transport = "on_transport" if rule.get("require_tls") is False else "input.tls == true"
-    mode = _in_mode(rule)
     for pattern in _texts(rule.get("paths")):
-        covers = [*_hints(pattern), transport, _grants(pattern)]
+        covers = list(_fits(pattern))
         if "not_paths" in rule:
             covers.append(f"not access.kept_out({_quoted(_texts(rule['not_paths']))})")
-        yield _rule(f"{branch}.granted", _method(rule), mode, *covers, *carried)
-        yield _rule(
-            f"{branch}.methods contains method", mode, *covers, *carried,
-            f"some method in {_set(_texts(rule.get('methods')))}",
-        )  # fmt: skip
-        if others := set(_MODES) - set(_modes(rule)):
-            other = f"input.mtls_mode in {_set(others)}"
-            yield _rule(f"{branch}.granted_in_other_mode", _method(rule), other, *covers, *carried)
+        kind = "over_tls" if tls else "anyhow"
+        yield _rule(f"{branch}.{kind} contains {methods}", *covers, *in_mode, *carried)
+        if others:
+            elsewhere = f"input.mtls_mode in {_set(others)}"
+            yield _rule(f"{branch}.elsewhere contains {methods}", *covers, elsewhere, transport, *carried)
         for (name, _), one in zip(fields, carried, strict=True):
-            head = f"{branch}.fields_in_the_way contains {_quoted(name)}"
-            yield _rule(head, _method(rule), mode, *covers, f"not {one}")
+            head = f"{branch}.lacks contains [{methods}, {_quoted(name)}]"
+            yield _rule(head, *covers, *in_mode, transport, f"not {one}")
 
 
-def _method(rule: Mapping[str, Value]) -> str:
-    methods = _texts(rule.get("methods"))
-    return "is_string(input.method)" if "*" in methods else f"input.method in {_set(methods)}"
+def _methods(rule: Mapping[str, Value]) -> str:
+    return _set(_texts(rule.get("methods")))
 
 
 def _modes(rule: Mapping[str, Value]) -> Sequence[str]:
     return _texts(rule["mtls_modes"]) if "mtls_modes" in rule else _MODES
 
 
-def _in_mode(rule: Mapping[str, Value]) -> str:
-    return f"input.mtls_mode in {_set(_modes(rule))}"
+def _in_mode(rule: Mapping[str, Value]) -> Iterator[str]:
+    if set(_modes(rule)) != set(_MODES):
+        yield f"input.mtls_mode in {_set(_modes(rule))}"
 
 
 # ── paths ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-# What fits is compared as `match.any_fits` does it, with the path as one text. The literal segments are said before that,
-# as conditions that follow from it: text cannot be indexed where it is put together, and segments of the input can.
 
 
-def _hints(pattern: str) -> Iterator[str]:
+def _fits(pattern: str) -> Iterator[str]:
+    """Conditions on the segments that hold where `match.any_fits` fits. What is compared with a literal can be indexed."""
     parts = pattern.split("/")[1:]
-    if parts[0] != "**":
-        for position, part in enumerate(parts):
-            if part not in {"", "*", "**"}:
-                yield f"input.segments[{position}] == {_quoted(part)}"
-
-
-def _grants(pattern: str) -> str:
-    if pattern.startswith("/**/"):
-        return f"endswith(path, {_quoted(pattern[3:])})"
-    if expression := _expression(pattern):
-        return f"regex.match({_quoted(expression)}, path)"
-    if pattern.endswith("/**"):
-        return f"startswith(slashed, {_quoted(pattern[:-2])})"
-    return f"path == {_quoted(pattern)}"
-
-
-def _refuses(pattern: str) -> str:
-    if pattern.startswith("/**/"):
-        return f"strings.any_suffix_match(spellings, {_quoted(pattern[3:])})"
-    if expression := _expression(pattern):
-        return f"some spelling in spellings; regex.match({_quoted(expression)}, spelling)"
-    if pattern.endswith("/**"):
-        return f"strings.any_prefix_match(all_slashed, {_quoted(pattern[:-2])})"
-    return f"{_quoted(pattern)} in spellings"
-
-
-def _expression(pattern: str) -> str | None:
-    """A regular expression (RE2) for a pattern with a `*` for one segment; None where there is none."""
-    parts = pattern.split("/")[1:]
-    if "*" not in parts:
-        return None
     tail = parts[-1] == "**"
-    said = ["/[^/]+" if part == "*" else f"/{re.escape(part)}" for part in (parts[:-1] if tail else parts)]
-    return f"(?s)^{''.join(said)}{'(/.*)?' if tail else ''}$"
+    if parts == ["**"]:
+        return
+    if pattern == "/" or "" in parts[:-1]:
+        # The one path that two lists of segments stand for, and patterns that no canonical path has.
+        yield f"match.any_fits([{_quoted(pattern)}], access.path)"
+    elif parts[0] == "**":
+        yield f"endswith(access.path, {_quoted(pattern[3:])})"
+    elif tail:
+        for position, part in enumerate(parts[:-1]):
+            yield f'input.segments[{position}] {"!= " + _quoted("") if part == "*" else "== " + _quoted(part)}'
+    else:
+        wanted = ", ".join(f"any{position}" if part == "*" else _quoted(part) for position, part in enumerate(parts))
+        yield f"[{wanted}] = input.segments"
+        yield from (f'any{position} != ""' for position, part in enumerate(parts) if part == "*")
+
+
+def _spellings(pattern: str) -> Iterator[str]:
+    """What a deny covers: the path with and without the slash at its end. A tail has both."""
+    yield pattern
+    if pattern != "/" and not pattern.endswith("/**"):
+        yield pattern[:-1] if pattern.endswith("/") else f"{pattern}/"
 
 
 # ── as Rego ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _rule(head: str, *conditions: str) -> str:
+    if not conditions:
+        return f"{head} if true\n"
     body = "".join(f"\t{condition}\n" for condition in conditions)
     return f"{head} if {{\n{body}}}\n"
 

@@ -135,7 +135,15 @@ def _builtins(opa: Path) -> frozenset[str]:
 def _opa(opa: Path, directory: Path | None, *arguments: str) -> Json:
     command = [str(opa.resolve()), *arguments]
     try:
-        done = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=_OPA_TIMEOUT, check=False)
+        done = subprocess.run(
+            command,
+            cwd=directory,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=_OPA_TIMEOUT,
+            check=False,
+        )
     except subprocess.TimeoutExpired as error:
         raise OperatorFault(f"opa {arguments[0]}: no end in {_OPA_TIMEOUT:g} s", code="policy_invalid") from error
     except OSError as error:

@@ -1,4 +1,4 @@
-"""`sidecar bundle …`: make, sign, verify, look at and compare bundles; nothing here is asked for a request."""
+"""`sidecar bundle …`: make, sign, verify, look at and compare bundles, and serve them to a fleet (`cli.serve`)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from sidecar.cli import serve
 from sidecar.errors import OperatorFault
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ _ALGORITHMS = ("ES256", "ES384", "ES512", "EdDSA", "PS256", "PS384", "PS512", "R
 
 
 def add(groups: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = groups.add_parser("bundle", help="build, sign, verify, inspect and compare policy bundles")
+    parser = groups.add_parser("bundle", help="build, sign, verify, inspect, compare and serve policy bundles")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     build = _command(
@@ -76,6 +77,8 @@ def add(groups: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
     keys = _command(commands, "keygen", _keygen, "make an ES256 key pair for signing")
     keys.add_argument("private", type=Path, help="the private key; the public one is written beside it as .pub")
+
+    serve.add(commands)
 
 
 def _command(

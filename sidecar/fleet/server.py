@@ -115,8 +115,22 @@ class Fleet:
         for shelf in self._shelves.values():
             shelf.wake()
 
+    async def warm_up(self) -> None:
+        """Read what is in force of each bundle, so that the store is known to answer. Raises `StoreUnavailable`."""
+        for shelf in self._shelves.values():
+            current = shelf.kept.rollout.current
+            if current is not None and current in shelf.kept.published:
+                await shelf.archive(shelf.kept.published[current])
+
     async def answer(self, request: Request, caller: Workload) -> Response:
-        """Answer a request that was allowed. Raises `Aborted` where its body broke off, and nothing else."""
+        """Answer a request that was allowed, failures too. Raises `Aborted` where its body broke off, and nothing else."""
+        try:
+            return await self.perform(request, caller)
+        except SidecarError as fault:
+            return answers.fault(fault, request_fields=request.head.fields)
+
+    async def perform(self, request: Request, caller: Workload) -> Response:
+        """Answer a request that was allowed. Raises `SidecarError` where it fails, `Aborted` where its body broke off."""
         try:
             return await self._answer(request, str(caller.id))
         except NotAllowed as fault:
@@ -127,7 +141,7 @@ class Fleet:
         except SidecarError as fault:
             if fault.status >= 500:
                 self._log("fleet.request_failed", "error", code=fault.code, reason=fault.detail)
-            return answers.fault(fault, request_fields=request.head.fields)
+            raise
 
     async def _answer(self, request: Request, caller: str) -> Response:
         place = _place(request.head.target.segments)
