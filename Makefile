@@ -27,7 +27,7 @@ $(READY): uv.lock pyproject.toml tools/uv.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@test -x $(UV) || $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r tools/uv.txt
-	$(UV) sync --quiet --frozen --inexact --python $(BIN)/python
+	$(UV) sync --quiet --frozen --inexact --extra fleet --python $(BIN)/python
 	@touch $@
 
 # A toolchain is fetched only where neither OPA nor Go is found (the wheel holds 60 MB).

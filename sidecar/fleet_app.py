@@ -15,6 +15,7 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -104,7 +105,9 @@ class FleetApp:
         try:
             _made(self.config.state_dir)
             self._presented.publish(pem_files.read(self.config.identity, time.time()).identity)
-            terms = {name: Terms(keys=_keys(name, one.keys), scope=one.scope) for name, one in self.config.bundles.items()}
+            terms = {
+                name: Terms(keys=_keys(name, one.keys), scope=one.scope) for name, one in self.config.bundles.items()
+            }
             store = stores.opened(
                 self.config.store.where, endpoint=self.config.store.endpoint, allow_http=self.config.store.allow_http
             )
@@ -151,7 +154,7 @@ class FleetApp:
 
     async def _start(self, nursery: trio.Nursery, fleet: Fleet) -> None:
         await fleet.start()
-        nursery.start_soon(pem_files.watch, self._current, self.config.identity, self._event)
+        nursery.start_soon(partial(pem_files.watch, self._current, self.config.identity, log=self._event))
         nursery.start_soon(self._presented.follow)
         await self._listen(fleet)
         nursery.start_soon(self._flush_forever)
@@ -294,6 +297,4 @@ def _password(database: DatabaseAt) -> str | None:
         return database.password.read_text("utf-8").rstrip("\r\n")
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "is not UTF-8"
-        raise OperatorFault(
-            f"database.password: {database.password}: {why}", code="fleet_database_unusable"
-        ) from error
+        raise OperatorFault(f"database.password: {database.password}: {why}", code="fleet_database_unusable") from error

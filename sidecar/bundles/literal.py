@@ -35,8 +35,6 @@ _HEAD = """\
 package sidecar.callers
 
 import data.sidecar.access
-import data.sidecar.match
-
 verdict := min({[stance(name), name] | some name in bound})
 
 stance(name) := "denied" if {
@@ -147,7 +145,7 @@ def _bindings(rbac: Mapping[str, Value]) -> Iterator[str]:
         yield _rule(f"bound contains {_quoted(name)}", "proven", f"input.caller in {_set(callers[name])}")
     for pattern, names in sorted(_mapping(rbac.get("patterns")).items()):
         fits = [f"startswith(input.caller, {_quoted(pattern.partition('/*')[0])})"]
-        fits.append(f"match.any_fits([{_quoted(pattern)}], input.caller)")
+        fits.append(f"data.sidecar.match.any_fits([{_quoted(pattern)}], input.caller)")
         for name in sorted(set(_texts(names))):
             yield _rule(f"bound contains {_quoted(name)}", "proven", *fits)
     for name in sorted(set(_texts(rbac.get("anonymous")))):
@@ -212,7 +210,7 @@ def _fits(pattern: str) -> Iterator[str]:
         return
     if pattern == "/" or "" in parts[:-1]:
         # The one path that two lists of segments stand for, and patterns that no canonical path has.
-        yield f"match.any_fits([{_quoted(pattern)}], access.path)"
+        yield f"data.sidecar.match.any_fits([{_quoted(pattern)}], access.path)"
     elif parts[0] == "**":
         yield f"endswith(access.path, {_quoted(pattern[3:])})"
     elif tail:

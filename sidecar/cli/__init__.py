@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 
-from sidecar.cli import bundle, check, opa, policy, run
+from sidecar.cli import bundle, check, opa, policy, rollout, run
 from sidecar.config import ConfigError
 from sidecar.errors import OperatorFault
 
@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"sidecar {version()}")
     groups = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for group in (run, check, bundle, policy, opa):
+    for group in (run, check, bundle, rollout, policy, opa):
         group.add(groups)
     return top
 

@@ -200,7 +200,7 @@ class Fleet:
             return False
         with trio.move_on_at(deadline):
             await shelf.changed.wait()
-            return not self._draining
+            return True
         return False
 
     async def _versions(self, request: Request, caller: str) -> Response:

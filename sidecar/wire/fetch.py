@@ -44,8 +44,8 @@ async def fetch(
     `authority` and `path` are in ASCII. Raises `NotSent`, `MaybeSent` (`answer_too_large`, `answer_timeout` among them),
     `PeerRejected`, `OurFault` where we have no identity, or `ClientFault` for what is no target.
     """
-    host, port = target.authority(authority.encode("latin-1", "replace"))
-    where = target.origin_form(path.encode("latin-1", "replace"))
+    host, port = target.authority(authority.encode("utf-8", "replace"))
+    where = target.origin_form(path.encode("utf-8", "replace"))
     head = RequestHead(method=method, target=where, host=host, port=port, fields=fields, protocol="HTTP/1.1")
     with trio.move_on_after(timeout):
         stream = await client.open(upstream)

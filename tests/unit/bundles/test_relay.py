@@ -30,6 +30,7 @@ from sidecar.errors import NoDecision, OperatorFault
 from sidecar.model import Allow, Decision, Inquiry, PolicyBundle
 from support.bundles import CREATED, Key, made, private, signed
 from support.questions import asking
+from support.threads import no_threads_beside_a_mock_clock  # noqa: F401
 
 KEY, NEXT = Key(), Key("release-2")
 
