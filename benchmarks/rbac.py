@@ -96,7 +96,9 @@ def cost(opa: Path, policy: Path, question: Path) -> float:
     command = [opa, "bench", "--format", "json", "--data", policy, "--input", question, "data.sidecar.inbound.decision"]
     least = float("inf")
     for _ in range(RUNS):
-        done = subprocess.run(command, env={**os.environ, "GOMAXPROCS": "1"}, capture_output=True, check=True, timeout=300)
+        done = subprocess.run(
+            command, env={**os.environ, "GOMAXPROCS": "1"}, capture_output=True, check=True, timeout=300
+        )
         least = min(least, json.loads(done.stdout)["Extra"]["histogram_timer_rego_query_eval_ns_min"] / 1000)
     return least
 

@@ -125,7 +125,7 @@ class FleetApp:
                 with self._stopping:
                     await self._start(nursery, fleet)
                     started()
-                    self._event("sidecar.started", mtls_mode="strict", mode_from="default")
+                    self._event("sidecar.started", mtls_mode="strict")
                     await trio.sleep_forever()
                 if self._listening:
                     await self._drain(fleet)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 from collections.abc import Awaitable, Callable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -22,9 +23,9 @@ import trio
 from sidecar import parts, servers
 from sidecar.bundles.freshness import FreshOnly
 from sidecar.bundles.memory import Memory
-from sidecar.bundles.relay import Relay
+from sidecar.bundles.relay import Refusal, Relay
 from sidecar.bundles.sources import MEDIA_TYPE, Answer, Files, Server, Source
-from sidecar.bundles.terms import key_of_this_process, taken
+from sidecar.bundles.terms import Verified, key_of_this_process, taken
 from sidecar.config import Config, Policy, Remote
 from sidecar.decision import install, private
 from sidecar.decision.engine import Engine
@@ -37,10 +38,13 @@ from sidecar.wire.client import Client
 from sidecar.wire.network import Network
 
 REPORT_INTERVAL = 10.0
+"""Seconds between reports where nothing has changed; a tenth of it where something has."""
 _REPORT_TIMEOUT = 10.0
 _MAX_ANSWER_BYTES = 1 << 16
 _CANDIDATE_WAIT = 30.0
 _CANDIDATE_RETRY = 10.0
+_HELD_AFTER = 1.0
+"""Seconds; a question that was answered sooner was not held."""
 
 
 class Supply:
@@ -62,6 +66,8 @@ class Supply:
         self._point = FreshOnly(self._engine, lambda: self.relay.stale)
         shadow = config.policy.shadow
         self.shadow = Shadow(sample=shadow.sample, max_queue=shadow.max_queue) if shadow is not None else None
+        self._unfit: Refusal | None = None
+        """Why the candidate that the server names cannot be compared; None where it can, or there is none."""
         self._counts = _Counts()
         self._scope = trio.CancelScope()
         self._following = trio.CancelScope()
@@ -93,8 +99,8 @@ class Supply:
                     if self.shadow is not None:
                         nursery.start_soon(self.shadow.run)
                         nursery.start_soon(self._follow_candidate, self.shadow)
-                    if self._policy.report and isinstance(self._policy.source, Remote):
-                        nursery.start_soon(self._report_forever, self._policy.source)
+                    if self._policy.report:
+                        nursery.start_soon(self._report_forever)
                     task_status.started()
                     await trio.sleep_forever()
                 nursery.cancel_scope.cancel()
@@ -165,8 +171,9 @@ class Supply:
         async with trio.open_nursery() as nursery:
             await nursery.start(engine.run)
             source = Files(named.source, self.relay.terms.bounds) if named is not None and named.source else None
-            etag = ""
+            etag, told = "", ""
             while True:
+                verified: Verified | None = None
                 try:
                     if source is not None:
                         archive: bytes | None = await trio.to_thread.run_sync((await source.changed())[0].read)
@@ -174,59 +181,88 @@ class Supply:
                         archive, etag = await self._next_candidate(etag)
                     if archive is None:
                         shadow.stop()
+                        self._unfit = None
                         continue
                     verified = await trio.to_thread.run_sync(taken, self.relay.terms, ours, archive)
                     await engine.activate(verified.handed)
                 except SidecarError as fault:
-                    self._log("candidate.refused", "warning", code=fault.code, reason=str(fault))
+                    if verified is not None:
+                        shadow.stop()  # it is about another one from now on
+                        self._unfit = Refusal(
+                            code=fault.code, reason=str(fault), origin="candidate", serial=verified.release.serial
+                        )
+                    if (problem := f"{fault.code}: {fault}") != told:
+                        told = problem
+                        self._log("candidate.refused", "warning", code=fault.code, reason=str(fault))
                     await trio.sleep(_CANDIDATE_RETRY)
                 else:
-                    release = verified.release
+                    release, self._unfit, told = verified.release, None, ""
                     shadow.compare_with(engine, revision=release.revision, serial=release.serial)
                     self._log("candidate.compared", "info", revision=release.revision, serial=release.serial)
 
     async def _next_candidate(self, etag: str) -> tuple[bytes | None, str]:
         """Wait for another candidate than the one with this tag; None where there is none now."""
-        assert isinstance(self._policy.source, Remote)  # noqa: S101  (the configuration sees to it)
+        if not isinstance(self._policy.source, Remote):
+            raise OperatorFault("the source is no server any more, which could name a candidate", code="bundle_missing")
         remote = servers.with_labels(servers.candidate_of(self._policy.source), self._config.labels)
         ask = servers.asking(remote, self._client)
         fields = [(b"accept", MEDIA_TYPE), (b"prefer", b"wait=%d" % _CANDIDATE_WAIT)]
         fields += [(b"if-none-match", etag.encode("ascii"))] if etag else []
         while True:
+            asked_at = trio.current_time()
             status, tag, body = await ask(
                 "GET", fields, b"", self.relay.terms.bounds.max_archive_bytes, 2 * _CANDIDATE_WAIT
             )
             if status == 200:
                 return body, tag
             if status in {204, 404}:
-                await trio.sleep(_CANDIDATE_RETRY)
+                if not etag and trio.current_time() - asked_at < _HELD_AFTER:
+                    await trio.sleep(_CANDIDATE_RETRY)  # it does not hold questions
                 return None, ""
             if status != 304:
                 raise OperatorFault(f"{remote.url} answered {status}", code="bundle_server_refused")
 
     # ── what is told back ─────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _report_forever(self, server: Remote) -> None:
-        ask, failing = servers.asking(servers.at(server, "/v1/status"), self._client), False
+    async def _report_forever(self) -> None:
+        failing = False
         while True:
-            body = json.dumps(self.report(server)).encode()
-            try:
-                status, _, _ = await ask(
-                    "POST", [(b"content-type", b"application/json")], body, _MAX_ANSWER_BYTES, _REPORT_TIMEOUT
-                )
-                problem = None if 200 <= status < 300 else f"{server.authority} answered {status}"
-            except SidecarError as fault:
-                problem = f"{fault.code}: {fault}"
-            if (problem is not None) != failing:
-                failing = problem is not None
-                self._log(
-                    "report.failed" if failing else "report.taken", "warning" if failing else "info", reason=problem
-                )
-            await trio.sleep(REPORT_INTERVAL)
+            news, until = self._news, trio.current_time() + REPORT_INTERVAL * random.uniform(0.8, 1.2)  # noqa: S311
+            server = self._policy.source
+            if isinstance(server, Remote):
+                problem = await self._told(server)
+                if (problem is not None) != failing:
+                    failing = problem is not None
+                    self._log(
+                        "report.failed" if failing else "report.taken", "warning" if failing else "info", reason=problem
+                    )
+            while True:
+                await trio.sleep(REPORT_INTERVAL / 10)
+                if trio.current_time() >= until or (self._news != news and not failing):
+                    break
+
+    async def _told(self, server: Remote) -> str | None:
+        """Report; return why that failed."""
+        ask = servers.asking(servers.at(server, "/v1/status"), self._client)
+        fields, body = [(b"content-type", b"application/json")], json.dumps(self.report(server)).encode()
+        try:
+            status, _, _ = await ask("POST", fields, body, _MAX_ANSWER_BYTES, _REPORT_TIMEOUT)
+        except SidecarError as fault:
+            return f"{fault.code}: {fault}"
+        return None if 200 <= status < 300 else f"{server.authority} answered {status}"
+
+    @property
+    def _news(self) -> tuple[object, ...]:
+        """What somebody may be waiting to hear. Counters are not among it, but for the first that speaks against a candidate."""
+        running, found = self.relay.running, self.shadow.differences if self.shadow is not None else None
+        return (
+            running.digest if running else None, self.relay.error, self._unfit,
+            (found.serial, found.compared > 0, found.allow_to_deny + found.deny_to_allow > 0) if found else None,
+        )  # fmt: skip
 
     def report(self, server: Remote) -> dict[str, object]:
         """What this sidecar says of itself. Who it is, the server knows from its certificate."""
-        running, error, shadow = self.relay.running, self.relay.error, self.shadow
+        running, error, shadow = self.relay.running, self.relay.error or self._unfit, self.shadow
         differences = shadow.differences if shadow is not None else None
         return {
             "bundle": servers.name_of(server),
@@ -240,7 +276,8 @@ class Supply:
             "shadow": None
             if differences is None
             else {
-                "serial": differences.serial, "compared": differences.compared, "dropped": differences.dropped,
+                "serial": differences.serial, "compared": differences.compared,
+                "dropped": differences.dropped, "undecided": differences.undecided,
                 "allow_to_deny": differences.allow_to_deny, "deny_to_allow": differences.deny_to_allow,
                 "examples": [
                     {"caller": one.caller, "method": one.method, "path": one.path, "was": one.was, "would": one.would}

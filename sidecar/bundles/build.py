@@ -15,6 +15,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -271,5 +272,6 @@ def written(archive: Path, bundle: Bundle) -> None:
             os.fsync(file.fileno())
         fresh.replace(archive)
     except OSError as error:
-        fresh.unlink(missing_ok=True)
+        with suppress(OSError):
+            fresh.unlink()
         raise NotBuilt(f"{archive}: {error.strerror}") from error

@@ -99,7 +99,9 @@ asked if {
 \tinput.mtls_mode in {"strict", "permissive", "disabled"}
 }
 
-# There is no such role: it says to OPA what a role may have.
+# Nobody has this role: it says to OPA what there may be.
+bound contains "" if false
+
 role[""].denies contains set() if false
 
 role[""].over_tls contains set() if false
@@ -215,7 +217,7 @@ def _fits(pattern: str) -> Iterator[str]:
         yield f"endswith(access.path, {_quoted(pattern[3:])})"
     elif tail:
         for position, part in enumerate(parts[:-1]):
-            yield f'input.segments[{position}] {"!= " + _quoted("") if part == "*" else "== " + _quoted(part)}'
+            yield f"input.segments[{position}] {'!= ' + _quoted('') if part == '*' else '== ' + _quoted(part)}"
     else:
         wanted = ", ".join(f"any{position}" if part == "*" else _quoted(part) for position, part in enumerate(parts))
         yield f"[{wanted}] = input.segments"

@@ -83,7 +83,7 @@ class Source(Protocol):
 class Files:
     """A file, or a directory of `*.tar.gz`, of which the highest serials are offered. `interval`: seconds between looks."""
 
-    def __init__(self, path: Path, bounds: Bounds, *, interval: float = 0.25) -> None:
+    def __init__(self, path: Path, bounds: Bounds, *, interval: float = 0.15) -> None:
         self.name = str(path)
         self._path = path
         self._bounds = bounds

@@ -69,7 +69,8 @@ class Report:
         self, policy: config.Policy, source: Path, keys: Mapping[str, VerifyingKey]
     ) -> tuple[Release, str] | None:
         """What the one that a sidecar would take says, and whose it is: of a directory the highest that can be used."""
-        paths = sorted(source.glob("*.tar.gz")) if source.is_dir() else [source]
+        found = (path for path in source.glob("*.tar.gz") if not path.name.startswith("."))
+        paths = sorted(found) if source.is_dir() else [source]
         usable: list[tuple[Release, str]] = []
         unusable = []
         for path in paths:
@@ -103,7 +104,8 @@ def check_bundle(path: Path, policy: config.Policy, keys: Mapping[str, Verifying
     What a sidecar remembers of serials is its own: it is not looked at. Without any key the signature is not verified.
     """
     bundle = read_bundle(path)
-    key_id = signature.verify(bundle, keys, policy.scope) if keys else "none of the keys"
+    verifiable = keys or bundle.signatures is None
+    key_id = signature.verify(bundle, keys, policy.scope) if verifiable else "none of the keys"
     said = release.release(bundle)
     digest = signature.content_digest(bundle)
     release.accept(said, digest, None, now=time.time(), minimum_serial=policy.minimum_serial)

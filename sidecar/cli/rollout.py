@@ -166,14 +166,11 @@ async def _audit(arguments: argparse.Namespace, way: Asking) -> None:
     told = await way.get(
         f"/v1/rollouts/{asking.segment(arguments.bundle)}/audit?after={arguments.after}&limit={arguments.limit}"
     )
-    rows = [("ID", "WHEN", "WHAT", "WHO", "STATE", "WHY")]
+    rows = [("ID", "WHEN", "WHAT", "WHO", "LED TO", "WHY")]
     rows += [
-        (
-            str(one["id"]), _time(one["at"]), one["action"], one["who"],
-            str((one["after"] or {}).get("state") or f"serial {(one['after'] or {}).get('serial')}"), one["why"],
-        )
+        (str(one["id"]), _time(one["at"]), one["action"], one["who"], _outcome(one["to"]), one["why"])
         for one in told["entries"]
-    ]  # fmt: skip
+    ]
     lines = [*columns(rows)]
     if told["next"] is not None:
         lines.append(f"more: --after {told['next']}")
@@ -265,6 +262,16 @@ def _who(ring: Mapping[str, Any]) -> str:
     if ring.get("percent") is not None:
         return f"{ring['percent']:g} %"
     return ", ".join(f"{name}={value}" for name, value in ring["labels"].items())
+
+
+def _outcome(after: Mapping[str, Any] | None) -> str:
+    """Of an entry: a version, or a rollout."""
+    if after is None:
+        return "-"
+    if "state" not in after:
+        return f"serial {after['serial']}"
+    moving = f" to {after['candidate']}" if after["candidate"] is not None else ""
+    return f"{after['state']} {after['current'] if after['current'] is not None else '-'}{moving}"
 
 
 def _returns(version: Mapping[str, Any]) -> str:

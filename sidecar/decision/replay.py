@@ -1,30 +1,42 @@
 """Recorded decisions, decided again under another policy: what would have gone the other way.
 
-Events are read from decision logs in OPA's shape, ours or OPA's own, and asked in batches. An event of which something was
-masked cannot be asked as it was, and counts as unverifiable; one that says no decision could be had is skipped. Blocks.
+Events are read from decision logs in OPA's shape, ours or OPA's own: a JSON object on each line, or an array of them, as OPA
+uploads it. They are asked in batches, of which some are on their way while the next is read, so that OPA is never idle. An event
+of which something was masked cannot be asked as it was, and counts as unverifiable; one that says that no decision could
+be had is skipped. Blocks.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
+import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Self
+from typing import IO, Literal, cast
 
-from sidecar.decision.rehearsal import UNDEFINED, Rehearsal, rehearsing
-from sidecar.errors import OperatorFault
+from sidecar.decision import inquiry
+from sidecar.decision.rehearsal import Answer, NoAnswer, Rehearsal, rehearsing
+from sidecar.errors import NoDecision, OperatorFault
 
-_BATCH = 500
-_MAX_LINE_BYTES = 1 << 20
+_BATCH = 250
+_MAX_BATCH_BYTES = 8 << 20
+_MAX_LINE_BYTES = 64 << 20
+_MAX_ENTRYPOINTS = 16
+_DECIDES = frozenset({"", "/result", "/result/allow", "/result/allowed"})
+"""What of a result says which way it went."""
+
+Event = Mapping[str, object]
+Kind = Literal["allow to deny", "deny to allow"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flip:
-    kind: Literal["allow to deny", "deny to allow"]
+    kind: Kind
     caller: str
     method: str
     path: str
@@ -40,9 +52,12 @@ class Tally:
     decided: int = 0
     unverifiable: int = 0
     skipped: int = 0
+    failed: int = 0
+    """Of the decided ones, those that the other policy cannot decide. Nothing passes then, so they count as denied."""
     allow_to_deny: int = 0
     deny_to_allow: int = 0
     seconds: float = 0.0
+    """From the first question to the last answer."""
     examples: list[Flip] = field(default_factory=list)
 
     @property
@@ -53,38 +68,34 @@ class Tally:
     def per_second(self) -> float:
         return self.decided / self.seconds if self.seconds else 0.0
 
-    def count(self, event: Mapping[str, object], would: object) -> None:
+    def count(self, event: Event, would: Answer) -> None:
         was = event.get("result")
+        before, after = allows(was), allows(would)
         self.decided += 1
-        if allows(was) == allows(would):
+        self.failed += isinstance(would, NoAnswer)
+        if before == after:
             return
-        kind: Literal["allow to deny", "deny to allow"] = "allow to deny" if allows(was) else "deny to allow"
-        if allows(was):
+        if before:
             self.allow_to_deny += 1
         else:
             self.deny_to_allow += 1
         if len(self.examples) < self.max_examples:
-            asked = _mapping(event.get("input"))
-            self.examples.append(
-                Flip(
-                    kind=kind, caller=str(asked.get("caller")), method=str(asked.get("method")),
-                    path=str(asked.get("path")), was=_rule(was), would=_rule(would),
-                )
-            )  # fmt: skip
+            kind: Kind = "allow to deny" if before else "deny to allow"
+            self.examples.append(Flip(kind=kind, was=_rule(was), would=_rule(would), **_asked(event["input"])))
 
     def summary(self) -> dict[str, object]:
         return {
             "read": self.read, "decided": self.decided, "unverifiable": self.unverifiable, "skipped": self.skipped,
-            "allow_to_deny": self.allow_to_deny, "deny_to_allow": self.deny_to_allow,
+            "failed": self.failed, "allow_to_deny": self.allow_to_deny, "deny_to_allow": self.deny_to_allow,
             "per_second": round(self.per_second),
             "examples": [
-                {"kind": one.kind, "caller": one.caller, "method": one.method, "path": one.path, "was": one.was, "would": one.would}
+                {name: getattr(one, name) for name in ("kind", "caller", "method", "path", "was", "would")}
                 for one in self.examples
             ],
         }  # fmt: skip
 
 
-def allows(answer: object) -> bool:
+def allows(answer: Answer) -> bool:
     """Whether an answer, in our words or in those of OPA's plugin for Envoy, allows."""
     if isinstance(answer, Mapping):
         return answer.get("allow") is True or answer.get("allowed") is True
@@ -104,96 +115,149 @@ def replayed(
     `shard` is (i, n): of all events in their order, the i-th of each n. `entrypoint` in place of the one that each event
     names. Raises `OperatorFault` (`decision_log_unreadable`, and what `rehearsing` raises).
     """
-    began = time.monotonic()
-    waiting: dict[str, list[Mapping[str, object]]] = {}
-    # One OPA for each entrypoint that the events name: there are few.
-    with _Stage(opa, files) as stage:
-        for event in _events(logs, shard, tally):
-            name = entrypoint or str(event.get("path", "")).strip("/").removeprefix("data/")
-            batch = waiting.setdefault(name, [])
-            batch.append(event)
-            if len(batch) >= _BATCH:
-                _decide(stage.of(name), waiting.pop(name), tally)
+    at_once = len(os.sched_getaffinity(0))
+    with rehearsing(opa, files) as private, ThreadPoolExecutor(at_once) as threads:
+        began = time.monotonic()
+        asked: deque[tuple[Sequence[Event], Future[list[Answer]]]] = deque()
+        try:
+            for name, batch in _batches(_verifiable(_events(logs), shard, tally), entrypoint):
+                asked.append((batch, threads.submit(_decide, private, name, batch)))
+                if len(asked) > at_once:  # one waits, so that OPA goes on while the next is read
+                    _settle(*asked.popleft(), tally)
+                    tally.seconds = time.monotonic() - began
+                    yield tally
+            while asked:
+                _settle(*asked.popleft(), tally)
                 tally.seconds = time.monotonic() - began
                 yield tally
-        for name, batch in waiting.items():
-            _decide(stage.of(name), batch, tally)
-    tally.seconds = time.monotonic() - began
+        finally:
+            for _, waiting in asked:
+                waiting.cancel()
     yield tally
 
 
-class _Stage:
-    """The private OPAs of one replay."""
-
-    def __init__(self, opa: Path, files: Mapping[str, bytes]) -> None:
-        self._opa = opa
-        self._files = files
-        self._running: dict[str, Rehearsal] = {}
-        self._stack = ExitStack()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._stack.close()
-
-    def of(self, entrypoint: str) -> Rehearsal:
-        if entrypoint not in self._running:
-            if not entrypoint:
-                raise OperatorFault("an event names no path: say --entrypoint", code="decision_log_unreadable")
-            self._running[entrypoint] = self._stack.enter_context(rehearsing(self._opa, self._files, entrypoint))
-        return self._running[entrypoint]
+def _decide(private: Rehearsal, entrypoint: str, events: Sequence[Event]) -> list[Answer]:
+    answers = private.decide(entrypoint, [cast("Mapping[str, object]", event["input"]) for event in events])
+    return [_believed(one) for one in answers] if entrypoint.startswith("sidecar/") else answers
 
 
-def _decide(private: Rehearsal, events: Sequence[Mapping[str, object]], tally: Tally) -> None:
-    answers = private.decide([_mapping(event["input"]) for event in events])
-    for event, would in zip(events, answers, strict=True):
+def _believed(answer: Answer) -> Answer:
+    """Our own entrypoints are read strictly: what a sidecar would not take for an allowance is none."""
+    if isinstance(answer, dict) and answer.get("allow") is True:
+        try:
+            inquiry.OURS.read(answer, "", "")
+        except NoDecision as error:
+            return NoAnswer(str(error))
+    return answer
+
+
+def _settle(events: Sequence[Event], answers: Future[list[Answer]], tally: Tally) -> None:
+    for event, would in zip(events, answers.result(), strict=True):
         tally.count(event, would)
 
 
-def _events(logs: Sequence[Path], shard: tuple[int, int], tally: Tally) -> Iterator[Mapping[str, object]]:
+def _batches(events: Iterable[tuple[Event, int]], entrypoint: str | None) -> Iterator[tuple[str, list[Event]]]:
+    """Events of one entrypoint together, with its name."""
+    waiting: dict[str, list[Event]] = {}
+    sizes: dict[str, int] = {}
+    for event, size in events:
+        name = entrypoint or str(event.get("path", "")).strip("/").removeprefix("data/")
+        if not name:
+            raise OperatorFault("an event names no path: say --entrypoint", code="decision_log_unreadable")
+        batch = waiting.setdefault(name, [])
+        if len(waiting) > _MAX_ENTRYPOINTS:
+            raise OperatorFault(f"events name more than {_MAX_ENTRYPOINTS} paths", code="decision_log_unreadable")
+        batch.append(event)
+        sizes[name] = sizes.get(name, 0) + size
+        if len(batch) >= _BATCH or sizes[name] >= _MAX_BATCH_BYTES:
+            yield name, batch
+            waiting[name], sizes[name] = [], 0
+    yield from ((name, batch) for name, batch in waiting.items() if batch)
+
+
+def _verifiable(
+    events: Iterable[tuple[Event, int]], shard: tuple[int, int], tally: Tally
+) -> Iterator[tuple[Event, int]]:
     index, count = shard
-    number = 0
-    for path, line_number, line in _lines(logs):
-        number += 1
-        if (number - 1) % count != index - 1:
+    for number, (event, size) in enumerate(events):
+        if number % count != index - 1:
             continue
         tally.read += 1
-        try:
-            event = json.loads(line)
-        except ValueError as error:
-            raise OperatorFault(
-                f"{path}:{line_number}: is not an event: {error}", code="decision_log_unreadable"
-            ) from error
-        if not isinstance(event, dict):
-            raise OperatorFault(f"{path}:{line_number}: is not an event", code="decision_log_unreadable")
         if "result" not in event or not isinstance(event.get("input"), dict):
             tally.skipped += 1
-        elif any(
-            str(pointer).startswith("/input") for name in ("erased", "masked") for pointer in event.get(name) or ()
-        ):
+        elif any(map(_matters, _masked(event))):
             tally.unverifiable += 1
         else:
-            yield event
+            yield event, size
 
 
-def _lines(logs: Sequence[Path]) -> Iterator[tuple[Path, int, bytes]]:
+def _masked(event: Event) -> Iterator[str]:
+    for name in ("erased", "masked"):
+        pointers = event.get(name) or ()
+        yield from map(str, pointers if isinstance(pointers, list) else ("",))
+
+
+def _matters(pointer: str) -> bool:
+    return pointer in _DECIDES or pointer == "/input" or pointer.startswith("/input/")
+
+
+def _events(logs: Sequence[Path]) -> Iterator[tuple[Event, int]]:
+    """Each event, with about how many bytes it is."""
     for path in logs:
-        try:
-            with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        yield path, number, line
-        except (OSError, EOFError) as error:
-            raise OperatorFault(f"{path}: {error}", code="decision_log_unreadable") from error
+        for number, line in _lines(path):
+            try:
+                found = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise _unreadable(f"{path}:{number}: is not an event: {error}") from error
+            events = found if isinstance(found, list) else [found]
+            for event in events:
+                if not isinstance(event, dict):
+                    raise _unreadable(f"{path}:{number}: is not an event")
+                yield event, len(line) // len(events)
 
 
-def _mapping(value: object) -> Mapping[str, object]:
-    return value if isinstance(value, Mapping) else {}
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    try:
+        with path.open("rb") as raw, _opened(path, raw) as file:
+            number = 0
+            while line := file.readline(_MAX_LINE_BYTES + 1):
+                number += 1
+                if len(line) > _MAX_LINE_BYTES:
+                    raise _unreadable(f"{path}:{number}: is longer than {_MAX_LINE_BYTES} bytes")
+                if line.strip():
+                    yield number, line
+    except (OSError, EOFError) as error:
+        raise _unreadable(f"{path}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _rule(answer: object) -> str:
-    if answer is UNDEFINED:
-        return "undefined"
-    rule = _mapping(answer).get("rule")
+def _opened(path: Path, raw: IO[bytes]) -> IO[bytes]:
+    return cast("IO[bytes]", gzip.open(raw, "rb")) if path.suffix == ".gz" else raw
+
+
+def _unreadable(text: str) -> OperatorFault:
+    return OperatorFault(text, code="decision_log_unreadable")
+
+
+def _asked(question: object) -> dict[str, str]:
+    """Caller, method and path, where our words or those of OPA's plugin for Envoy have them."""
+    whole = question if isinstance(question, Mapping) else {}
+    attributes = _inside(whole, "attributes")
+    http = _inside(_inside(attributes, "request"), "http")
+    principal = _inside(attributes, "source").get("principal")
+    return {
+        "caller": str(whole.get("caller", principal) or "anonymous"),
+        "method": str(whole.get("method", http.get("method"))),
+        "path": str(whole.get("path", http.get("path"))),
+    }
+
+
+def _inside(value: Mapping[str, object], key: str) -> Mapping[str, object]:
+    found = value.get(key)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _rule(answer: Answer) -> str:
+    if isinstance(answer, NoAnswer):
+        return f"no decision: {answer}"
+    rule = answer.get("rule") if isinstance(answer, Mapping) else None
     return str(rule) if rule else "allow" if allows(answer) else "deny"

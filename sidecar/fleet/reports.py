@@ -149,7 +149,9 @@ def read(value: object, serial_of: Callable[[str, str], int | None]) -> dict[str
     """
     if not isinstance(value, dict):
         raise Malformed(public="a report must be an object")
-    return _of_opa(value, serial_of) if "bundles" in value and "bundle" not in value else _of_sidecar(value)
+    # OPA's first ones have no bundles yet, but plugins.
+    by_opa = "bundle" not in value and not value.keys().isdisjoint({"bundles", "plugins"})
+    return _of_opa(value, serial_of) if by_opa else _of_sidecar(value)
 
 
 def _of_sidecar(value: Mapping[str, object]) -> dict[str, Said]:

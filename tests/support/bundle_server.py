@@ -72,7 +72,9 @@ class Site:
         if not (where / "svid.pem").exists():
             kit.write(where, self.ca.svid(f"/{name}"), {"example.org": self.ca.bundle_pem})
         return kit.Written(
-            certificate=where / "svid.pem", key=where / "svid_key.pem", bundles={"example.org": where / "bundle-example.org.pem"}
+            certificate=where / "svid.pem",
+            key=where / "svid_key.pem",
+            bundles={"example.org": where / "bundle-example.org.pem"},
         )
 
     def server(self, **settings: Any) -> BundleServer:
@@ -164,11 +166,20 @@ class BundleServer:
         return client_context(None if by is None else self.site.caller(by).certificate.parent)
 
     def ask(
-        self, method: str, path: str, *, by: str = "ops/release", body: bytes | None = None, timeout: float = PATIENCE, **fields: str
+        self,
+        method: str,
+        path: str,
+        *,
+        by: str = "ops/release",
+        body: bytes | None = None,
+        timeout: float = PATIENCE,
+        **fields: str,
     ) -> Answered:
         way = HTTPSConnection("localhost", self.port, context=self.context(by), timeout=timeout)
         try:
-            way.request(method, path, body=body, headers={name.replace("_", "-"): value for name, value in fields.items()})
+            way.request(
+                method, path, body=body, headers={name.replace("_", "-"): value for name, value in fields.items()}
+            )
             answer = way.getresponse()
             return Answered(answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read())
         finally:
@@ -182,19 +193,33 @@ class BundleServer:
 
     def report(self, by: str, **said: Any) -> Answered:
         return self.ask(
-            "POST", "/v1/status", by=by, body=json.dumps({"bundle": "sidecar", **said}).encode(), content_type="application/json"
+            "POST",
+            "/v1/status",
+            by=by,
+            body=json.dumps({"bundle": "sidecar", **said}).encode(),
+            content_type="application/json",
         )
 
-    def cli(self, *arguments: str, by: str = "ops/release", server_id: str = SERVER) -> subprocess.CompletedProcess[str]:
+    def command(self, *arguments: str, by: str = "ops/release", server_id: str = SERVER) -> list[str]:
         """`sidecar rollout …` as this caller."""
         who = self.site.caller(by)
-        identity = [
-            "--certificate", str(who.certificate), "--key", str(who.key), "--trust-bundle",
-            f"example.org={who.bundles['example.org']}", "--server", self.url, "--server-id", server_id,
+        return [
+            sys.executable, "-m", "sidecar", "rollout", *arguments, "--certificate", str(who.certificate), "--key",
+            str(who.key), "--trust-bundle", f"example.org={who.bundles['example.org']}", "--server", self.url,
+            "--server-id", server_id,
         ]  # fmt: skip
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def cli(
+        self, *arguments: str, by: str = "ops/release", server_id: str = SERVER
+    ) -> subprocess.CompletedProcess[str]:
+        """The same, run to its end."""
         return subprocess.run(
-            [sys.executable, "-m", "sidecar", "rollout", *arguments, *identity], capture_output=True, text=True,
-            timeout=60, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)},
+            self.command(*arguments, by=by, server_id=server_id), capture_output=True, text=True, timeout=60,
+            check=False, env=self.environment,
         )  # fmt: skip
 
     def done(self, *arguments: str, by: str = "ops/release") -> str:
@@ -207,9 +232,7 @@ class BundleServer:
         """Publish, and bring to everybody."""
         self.done("publish", str(self.site.bundle(serial, **how)))
         self.done("start", str(serial), "--ring", "all:percent=100", "--why", "first")
-        self.done(
-            "promote", "--gate", "max_behind=off", "--gate", "max_silent_seconds=off", "--why", "for all"
-        )
+        self.done("promote", "--gate", "max_behind=off", "--gate", "max_silent_seconds=off", "--why", "for all")
 
 
 def until(condition: Any, server: BundleServer, patience: float = START_TIMEOUT) -> None:

@@ -84,5 +84,9 @@ def test_run_imports_neither_httpx_nor_what_it_brings(loaded: set[str]) -> None:
     assert loaded & brought == set()
 
 
+def test_run_imports_no_database_and_no_object_store(loaded: set[str]) -> None:
+    assert loaded & {"sqlalchemy", "psycopg", "obstore"} == set()
+
+
 def test_run_brings_no_second_event_loop(loaded: set[str]) -> None:
     assert "asyncio" not in loaded

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import random
+import struct
 import tarfile
 import tracemalloc
 import zlib
@@ -304,6 +305,20 @@ def test_a_tar_that_is_cut_short_is_refused(length: int) -> None:
 )  # fmt: skip
 def test_one_gzip_and_nothing_else(data: bytes) -> None:
     assert refused(data).code in {"bundle_malformed", "bundle_truncated"}
+
+
+@pytest.mark.parametrize("size", [1 << 16, 1 << 17])
+def test_nothing_hides_where_the_archive_ends_with_a_piece(size: int) -> None:
+    """It is read in pieces of 64 KiB: nothing is left of the last one where it ends with the archive."""
+    rules = random.Random(5).randbytes(size - (1 << 15))
+    bare = gzipped(tarred(entry("x.rego", rules)))
+    padding = size - len(bare) - 2
+    data = (
+        bare[:3] + b"\x04" + bare[4:10] + struct.pack("<H", padding) + bytes(padding) + bare[10:]
+    )  # FEXTRA of RFC 1952
+    assert len(data) == size
+    assert archive.read(data).files == {"x.rego": rules}
+    assert "behind the end" in str(refused(data + b"x"))
 
 
 def test_nothing_hides_behind_the_end_of_the_tar() -> None:

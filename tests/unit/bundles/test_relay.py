@@ -624,8 +624,10 @@ async def test_a_restore_is_nothing_where_something_runs() -> None:
     house = House()
     await house.relay.offer(archived(4), "a")
     await house.relay.offer(archived(5), "a")
+    house.memory._archive = archived(4)  # what it was a moment ago
     await house.relay.restore()
     assert [bundle.serial for bundle in house.handed] == [4, 5]
+    assert house.told("bundle.refused") == []
 
 
 @pytest.mark.parametrize("code", sorted(relay._MAY_PASS))

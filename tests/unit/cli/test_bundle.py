@@ -73,7 +73,7 @@ def test_from_sources_to_a_bundle_that_verifies(shell: Shell, opa: Path) -> None
     assert (code, shell.err) == (0, "")
     digest, revision, returns, *cache = shell.out.splitlines()
     assert digest.endswith(", signed")
-    assert revision == "revision r7, serial 7, roots sidecar, team/red"
+    assert revision == "revision r7, serial 7, roots sidecar, team"
     assert returns == "return   to 5, 6"
     assert any(line.startswith("cache    sidecar/inbound/decision: pure, reads input.") for line in cache)
     said = release.release(archive.read((shell.home / "deep/out.tar.gz").read_bytes()))

@@ -1,0 +1,500 @@
+"""Signed policy from a file to a fleet and back, walked whole: every step with what was checked, and how long it took.
+
+    PYTHONPATH=.:tests python -m lanes.rollout
+
+Releases are built and signed with `sidecar bundle`, published to a real `sidecar bundle serve`, and taken by three sidecars
+in two rings, each with real OPA and with requests on it all the time (`support.small_fleet`). No answer may ever be another
+than the policy that was promoted gives: a candidate that would deny what is allowed is stopped before it denies anything.
+
+From publish to enforced is from before the release is handed to the server, or the order given, until the last sidecar that
+it is for has answered a request by it, as its access log has it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import http.server
+import json
+import signal
+import ssl
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from examples.demo import kit
+from sidecar.decision import install
+from support import small_fleet
+from support.small_fleet import BRISK, PAUSE, Side, SmallFleet, run
+
+PATIENCE = 20.0
+RINGS = [{"name": "canary", "labels": {"ring": "canary"}}, {"name": "all", "percent": 100}]
+FORGETFUL = ("/budget/drafts/**",)
+"""What the readers of the bad candidate may GET: not what they do GET."""
+
+
+@dataclass
+class Outcome:
+    """What came of a walk."""
+
+    steps: int = 0
+    complaints: list[str] = field(default_factory=list)
+    enforced: list[float] = field(default_factory=list)
+    """Seconds from publish, or from the order, to enforced."""
+    answered: int = 0
+
+    @property
+    def summary(self) -> str:
+        median = f"{statistics.median(self.enforced):.2f} s (median of {len(self.enforced)})" if self.enforced else "never"
+        return f"rollout: {self.steps} steps, {len(self.complaints)} failed; publish to enforced {median}"
+
+
+@dataclass
+class Walk:
+    """What the steps have in common."""
+
+    fleet: SmallFleet
+    agent: int
+    outcome: Outcome
+    bundles: dict[str, Path] = field(default_factory=dict)
+
+    @property
+    def sides(self) -> list[Side]:
+        return list(self.fleet.sides.values())
+
+    def __getitem__(self, name: str) -> Side:
+        return self.fleet.sides[name]
+
+    # ── what is done ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def publish(self, bundle: Path, serial: int, *, by: str = "ops/release") -> tuple[int, dict[str, Any]]:
+        answer = self.fleet.server.ask(
+            "PUT", f"/v1/bundles/sidecar/versions/{serial}", by=by, body=bundle.read_bytes(), content_type="application/gzip",
+        )  # fmt: skip
+        return answer.status, answer.json
+
+    def order(self, action: str, why: str, **more: object) -> dict[str, Any]:
+        status, said = self.ordered(action, why, **more)
+        assert status == 200, f"{action}: {status} {said}"
+        return said
+
+    def ordered(self, action: str, why: str, **more: object) -> tuple[int, dict[str, Any]]:
+        document = json.dumps({"action": action, "why": why, **more}).encode()
+        answer = self.fleet.server.ask(
+            "POST", "/v1/rollouts/sidecar", body=document, content_type="application/json"
+        )
+        return answer.status, answer.json
+
+    def rollout(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.fleet.server.ask("GET", "/v1/rollouts/sidecar").json
+        return found
+
+    def promotable(self) -> None:
+        """Wait until nothing stands in the way of a promotion: everybody of the rings reached has reported."""
+        self.until(lambda: not self.rollout()["unmet"], lambda: f"unmet: {self.rollout()['unmet']}")
+
+    def standing(self) -> dict[str, dict[str, Any]]:
+        told = self.fleet.server.ask("GET", "/v1/fleet/sidecar").json["sidecars"]
+        return {one["id"].rpartition("/")[2]: one for one in told}
+
+    @contextmanager
+    def measured(self, revision: str, sides: Sequence[Side]) -> Iterator[list[float]]:
+        """Time from here until each of these has answered by this revision; the list gets one number, the last one's."""
+        found: list[float] = []
+        for side in sides:
+            side.pace(BRISK)
+        time.sleep(2 * PAUSE)  # so that those who waited are under way
+        began = time.time()
+        yield found
+        self.until(
+            lambda: all(side.first_by(revision, began) for side in sides),
+            lambda: f"{revision} is not enforced: " + ", ".join(f"{side.name} runs {side.runs()}" for side in sides),
+        )
+        found.append(max(side.first_by(revision, began) or 0.0 for side in sides) - began)
+        self.outcome.enforced.append(found[0])
+        for side in sides:
+            side.pace(PAUSE)
+
+    def until(self, true: Callable[[], object], complaint: Callable[[], str]) -> None:
+        give_up_at = time.monotonic() + PATIENCE
+        while not true():
+            assert time.monotonic() < give_up_at, complaint()
+            time.sleep(0.05)
+
+    # ── what is checked ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def expect(self, **revisions: str) -> None:
+        """That these run these revisions now."""
+        for name, revision in revisions.items():
+            found = self[name].runs()
+            assert found == revision, f"{name} runs {found}, not {revision}"
+
+    def refused(self, side: Side, code: str, runs: str, before: int) -> None:
+        """That this sidecar refuses something, with this code, once, and goes on by what it ran."""
+
+        def told() -> list[str]:
+            return [event["code"] for event in side.events("bundle.refused")[before:]]
+
+        self.until(told, lambda: f"nothing was refused ({code})")
+        answered = side.answered
+        self.until(lambda: side.answered > answered + 2, lambda: "it does not answer")
+        assert told() == [code], f"{told()}, not {code} once"
+        assert side.runs() == runs, f"{side.name} runs {side.runs()}, not {runs}"
+
+
+# ── the steps ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def signed(walk: Walk) -> str:
+    """Build and sign: the same bytes each time, and nobody else's key"""
+    releases, created = walk.fleet.releases, "2031-04-01T08:00:00+00:00"
+    once, again = (releases.build(1, name=name, created=created).read_bytes() for name in ("once", "again"))
+    assert once == again, "two builds of the same are not the same bytes"
+    walk.bundles["r1"] = first = releases.build(1)
+    run("bundle", "verify", first, "--key", f"release-1={releases.public}")
+    forged = releases.build(1, name="forged", key=releases.strange_key)
+    verified = run("bundle", "verify", forged, "--key", f"release-1={releases.public}", check=False)
+    assert verified.returncode == 1, "a strange key's signature holds"
+    return f"r1 verifies, two builds are {len(once):,} equal bytes, a strange key's is refused"
+
+
+def served(walk: Walk) -> str:
+    """Serve, and start three sidecars that have nothing yet: not ready, and nothing passes"""
+    walk.fleet.server.start()
+    for name, ring in (("one", "canary"), ("two", "wide"), ("three", "wide")):
+        walk.fleet.side(name, walk.agent, {"ring": ring}).start()
+    walk.until(lambda: all(side.ready()[0] == 503 for side in walk.sides), lambda: str([s.ready() for s in walk.sides]))
+    reasons = {side.ready()[1] for side in walk.sides}
+    assert all("bundle" in one for one in reasons), reasons
+    return f"three wait: {', '.join(sorted(reasons))}"
+
+
+def first(walk: Walk) -> str:
+    """Publish the first release and give it to all"""
+    assert walk.publish(walk.bundles["r1"], 1)[0] == 201
+    walk.order("start", "the first", serial=1, rings=[RINGS[1]])
+    walk.until(lambda: all(side.ready()[0] == 200 for side in walk.sides), lambda: str([s.ready() for s in walk.sides]))
+    for side in walk.sides:
+        walk.fleet.visit(side)
+    walk.until(lambda: all(side.runs() == "r1" for side in walk.sides), lambda: "nobody runs r1")
+    walk.promotable()
+    assert walk.order("promote", "all have it")["state"] == "settled"
+    return "three are ready, requests are answered as r1 says"
+
+
+def canary(walk: Walk) -> str:
+    """Start the second at the canary"""
+    walk.bundles["r2"] = walk.fleet.releases.build(2, ("/budget/**", "/reports/**"), returns=[1])
+    with walk.measured("r2", [walk["one"]]) as took:
+        assert walk.publish(walk.bundles["r2"], 2)[0] == 201
+        walk.order("start", "readers may read reports", serial=2, rings=RINGS)
+    walk.expect(one="r2", two="r1", three="r1")
+    walk.until(
+        lambda: all((walk.standing()[name]["shadow"] or {}).get("compared") for name in ("two", "three")),
+        lambda: f"the others do not compare it: {walk.standing()}",
+    )
+    assert all(walk.standing()[name]["shadow"]["serial"] == 2 for name in ("two", "three"))
+    return f"one runs r2 {took[0] * 1000:.0f} ms after it was handed in; two and three run r1 and compare r2, no differences"
+
+
+def promoted(walk: Walk) -> str:
+    """Promote it to all"""
+    walk.promotable()
+    with walk.measured("r2", [walk["two"], walk["three"]]) as took:
+        walk.order("promote", "the canary is well")
+    walk.promotable()
+    assert walk.order("promote", "all have it")["state"] == "settled"
+    walk.expect(one="r2", two="r2", three="r2")
+    return f"all run r2, {took[0] * 1000:.0f} ms after the order"
+
+
+def stopped(walk: Walk) -> str:
+    """A candidate that would deny what is allowed is stopped by what it would have done"""
+    walk.bundles["r3"] = walk.fleet.releases.build(3, FORGETFUL, returns=[2])
+    answered = walk.fleet.answered
+    began = time.monotonic()
+    assert walk.publish(walk.bundles["r3"], 3)[0] == 201
+    walk.order("start", "fewer may read", serial=3, rings=RINGS, shadow_first=True)
+    walk.until(lambda: walk.rollout()["state"] == "halted", lambda: f"it was not halted: {walk.rollout()}")
+    took = time.monotonic() - began
+    entry = walk.fleet.server.ask("GET", "/v1/rollouts/sidecar/audit?limit=1000").json["entries"][-1]
+    assert (entry["action"], entry["who"]) == ("halt", "gates"), entry
+    assert "would have gone the other way under serial 3" in entry["why"], entry
+    examples = [one for line in walk.standing().values() for one in (line["shadow"] or {}).get("examples", ())]
+    assert {one["path"] for one in examples} == {small_fleet.ALLOWED}, examples
+    assert {one["caller"] for one in examples} == {f"spiffe://example.org/{small_fleet.CALLER}"}
+    status, said = walk.ordered("promote", "all the same")
+    assert (status, said["code"]) == (409, "rollout_conflict"), said
+    assert all(by != "r3" for side in walk.sides for _, by, *_ in side.decided()), "r3 decided something"
+    walk.expect(one="r2", two="r2", three="r2")
+    return (
+        f"halted by its gates {took:.1f} s after it was handed in, {examples[0]['path']} named as example; "
+        f"{walk.fleet.answered - answered} requests meanwhile, none decided by r3"
+    )
+
+
+def fixed(walk: Walk) -> str:
+    """The fixed one, with a higher serial, to the canary and to all"""
+    walk.bundles["r4"] = walk.fleet.releases.build(4, ("/budget/**", "/reports/monthly"), returns=[2])
+    with walk.measured("r4", [walk["one"]]) as first:
+        assert walk.publish(walk.bundles["r4"], 4)[0] == 201
+        walk.order("start", "fewer may read, and those who do still may", serial=4, rings=RINGS)
+    walk.expect(one="r4", two="r2", three="r2")
+    walk.promotable()
+    with walk.measured("r4", [walk["two"], walk["three"]]) as then:
+        walk.order("promote", "the canary is well")
+    walk.promotable()
+    assert walk.order("promote", "all have it")["state"] == "settled"
+    return f"one runs r4 after {first[0] * 1000:.0f} ms, all {then[0] * 1000:.0f} ms after the promotion"
+
+
+def rolled_back(walk: Walk) -> str:
+    """Roll back, as the signed permission allows"""
+    with walk.measured("r2", walk.sides) as took:
+        walk.order("rollback", "reports are missed")
+    walk.until(
+        lambda: all((one["serial"], one["behind"]) == (2, False) for one in walk.standing().values()), lambda: str(walk.standing())
+    )
+    assert not any(side.events("bundle.refused") for side in walk.sides), "somebody refused it"
+    return f"all run r2 again {took[0] * 1000:.0f} ms after the order, and r4 allowed it"
+
+
+def no_way_back(walk: Walk) -> str:
+    """Where the permission does not reach, there is no rollback"""
+    walk.bundles["r5"] = walk.fleet.releases.build(5, ("/budget/**", "/reports/**", "/plans/**"))
+    with walk.measured("r5", walk.sides) as took:
+        assert walk.publish(walk.bundles["r5"], 5)[0] == 201
+        walk.order("start", "reports are back", serial=5, rings=[RINGS[1]])
+    walk.promotable()
+    assert walk.order("promote", "all have it")["state"] == "settled"
+    status, said = walk.ordered("rollback", "back to what was")
+    assert (status, said["code"]) == (409, "rollout_conflict"), said
+    return f"r5 is everywhere after {took[0] * 1000:.0f} ms; its rollback is refused: {said['title']}"
+
+
+def not_published(walk: Walk) -> str:
+    """The server takes no second meaning of a serial, no strange signature, nobody else's order, and goes no serial back"""
+    releases, codes = walk.fleet.releases, []
+    for bundle, serial, by in (
+        (releases.build(2, ("/**",), name="reused"), 2, "ops/release"),
+        (releases.build(6, name="forged6", key=releases.strange_key), 6, "ops/release"),
+        (releases.build(6, name="unsigned6", key=None), 6, "ops/release"),
+        (walk.bundles["r4"], 6, "ops/release"),
+        (releases.build(6, name="fine6"), 6, "agent/one"),
+    ):
+        status, said = walk.publish(bundle, serial, by=by)
+        codes.append(f"{status} {said['code']}")
+    status, said = walk.ordered("start", "the old one was better", serial=4, rings=RINGS)
+    codes.append(f"{status} {said['code']}")
+    assert codes == [
+        "409 fleet_serial_taken", "422 bundle_signature_invalid", "422 bundle_unsigned", "422 fleet_serial_mismatch",
+        "403 policy_denied", "409 rollout_conflict",
+    ], codes  # fmt: skip
+    return ", ".join(codes)
+
+
+def downgraded(walk: Walk) -> str:
+    """Old, reused, cut, unsigned and strange archives in the file that a sidecar reads: each refused, the old one stays"""
+    side, releases, source = walk["three"], walk.fleet.releases, walk["three"].directory / "bundle.tar.gz"
+    good = walk.bundles["r5"].read_bytes()
+    flipped = bytearray(gzip.decompress(good))
+    flipped[flipped.index(b"package sidecar") + 3] ^= 1
+    kit.write_whole(source, walk.bundles["r2"].read_bytes())
+    walk.fleet.restart(side, source=str(source), spiffe_ids=None, shadow=None, report=None)
+    walk.refused(side, "bundle_downgrade", "r5", 0)  # what it remembers has survived the restart
+    attempts = {
+        "bundle_downgrade": walk.bundles["r4"].read_bytes(),
+        "bundle_serial_reused": releases.build(5, ("/**",), name="reused5").read_bytes(),
+        "bundle_unsigned": releases.build(7, name="unsigned7", key=None).read_bytes(),
+        "bundle_scope_mismatch": releases.build(7, name="scope7", scope="elsewhere").read_bytes(),
+        "bundle_signature_invalid": releases.build(7, name="forged7", key=releases.strange_key).read_bytes(),
+        "bundle_truncated": good[: len(good) // 2],
+        "bundle_oversized": gzip.compress(bytes(1 << 30), compresslevel=1),
+    }  # fmt: skip
+    for code, archive in attempts.items():
+        before = len(side.events("bundle.refused"))
+        kit.write_whole(source, archive)
+        walk.refused(side, code, "r5", before)
+    before = len(side.events("bundle.refused"))
+    kit.write_whole(source, gzip.compress(bytes(flipped)))
+    walk.refused(side, "bundle_signature_invalid", "r5", before)
+    return f"after a restart too; {', '.join(attempts)}; r5 decides throughout"
+
+
+def replayed(walk: Walk) -> str:
+    """A server that hands out an old archive, and one that is not ours"""
+    side = walk["three"]
+    with _old_news(walk, walk.bundles["r1"].read_bytes()) as (url, ca):
+        before = len(side.events("bundle.refused"))
+        walk.fleet.restart(side, source=url, spiffe_ids=None, ca=str(ca), shadow=None, report=None)
+        walk.refused(side, "bundle_downgrade", "r5", before)
+        walk.fleet.restart(side, source=url, shadow=None, report=None)
+        walk.until(lambda: side.events("bundle.fetch_failed"), lambda: "the stranger was believed")
+        told = side.events("bundle.fetch_failed")[-1]
+        assert "SPIFFE" in told["reason"] or "peer" in told["reason"] or "certificate" in told["reason"], told
+    assert side.runs() == "r5"
+    return f"bundle_downgrade; then {told['code']}: {told['reason'][:90]}"
+
+
+def below_the_floor(walk: Walk) -> str:
+    """A fresh sidecar, which remembers nothing, has its minimum_serial; back on the server everybody runs the newest"""
+    side = walk["three"]
+    fresh = walk.fleet.side("fresh", walk.agent, {})
+    kit.write_whole(fresh.directory / "bundle.tar.gz", walk.bundles["r4"].read_bytes())
+    fresh.write(source="bundle.tar.gz", spiffe_ids=None, shadow=None, report=None, minimum_serial=5)
+    fresh.start()
+    assert fresh.process is not None
+    assert fresh.process.wait(PATIENCE) == 1
+    told = fresh.events("bundle.refused")
+    assert [one["code"] for one in told] == ["bundle_below_minimum"], told
+    del walk.fleet.sides["fresh"]
+    walk.fleet.restart(side)
+    walk.until(lambda: not walk.standing()["three"]["behind"], lambda: str(walk.standing()))
+    return "bundle_below_minimum, and it does not start"
+
+
+def killed(walk: Walk) -> str:
+    """Kill the server in the middle of a rollout: sidecars go on, and nothing of it is lost"""
+    walk.bundles["r6"] = walk.fleet.releases.build(6, ("/budget/**", "/reports/**"), returns=[5])
+    with walk.measured("r6", [walk["one"]]):
+        assert walk.publish(walk.bundles["r6"], 6)[0] == 201
+        walk.order("start", "no plans", serial=6, rings=RINGS)
+    before, audit = walk.rollout(), _audit(walk)
+    walk.fleet.server.end(signal.SIGKILL)
+    answered = walk.fleet.answered
+    walk.until(lambda: walk.fleet.answered > answered + 30, lambda: "sidecars stopped with the server")
+    walk.fleet.server.start()
+    after = walk.rollout()
+    assert {**after, "unmet": []} == {**before, "unmet": []}, f"{after}, and it was {before}"
+    assert _audit(walk) == audit
+    walk.promotable()
+    walk.order("promote", "goes on")
+    walk.until(lambda: all(side.runs() == "r6" for side in walk.sides), lambda: "r6 does not arrive")
+    walk.expect(one="r6", two="r6", three="r6")
+    return f"{walk.fleet.answered - answered} requests without it; afterwards the rollout goes on, with its {len(audit)} audit entries"
+
+
+def ended(walk: Walk) -> str:
+    """Throughout: no answer but those that promoted policy gives, nothing broken"""
+    assert walk.fleet.amiss == [], walk.fleet.amiss[:5]
+    assert walk.fleet.defects() == [], walk.fleet.defects()[:5]
+    kinds = {(path, status) for side in walk.sides for _, _, path, status in side.decided()}
+    assert kinds == {(small_fleet.ALLOWED, 200), (small_fleet.SEALED, 403)}, kinds
+    for side in walk.sides:
+        side.hush()
+    codes = [side.end() for side in walk.sides]
+    assert codes == [0] * len(walk.sides), codes
+    assert walk.fleet.server.end() == 0
+    walk.outcome.answered = walk.fleet.answered
+    return f"{walk.fleet.answered:,} requests, each answered as it had to be; all end with 0"
+
+
+STEPS = (
+    signed, served, first, canary, promoted, stopped, fixed, rolled_back, no_way_back, not_published, downgraded,
+    replayed, below_the_floor, killed, ended,
+)  # fmt: skip
+MAIN_PATH = (signed, served, first, canary, promoted, stopped, fixed, rolled_back, ended)
+Step = Callable[[Walk], str]
+
+
+def _audit(walk: Walk) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = walk.fleet.server.ask("GET", "/v1/rollouts/sidecar/audit?limit=1000").json["entries"]
+    return found
+
+
+@contextmanager
+def _old_news(walk: Walk, archive: bytes) -> Iterator[tuple[str, Path]]:
+    """A server that hands this to everybody; its URL, and the authority that certifies its name."""
+
+    class Answers(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            had = self.headers.get("if-none-match") == '"old"'
+            if had:
+                ending.wait(5)  # it holds the question, as it is asked to
+            self.send_response(304 if had else 200)
+            self.send_header("etag", '"old"')
+            self.send_header("content-length", "0" if had else str(len(archive)))
+            self.end_headers()
+            self.wfile.write(b"" if had else archive)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    ending = threading.Event()
+    directory = walk.fleet.directory / "old-news"
+    kit.write(directory, walk.fleet.site.ca.svid("/old/news", dns=["localhost"]), {})
+    (directory / "ca.pem").write_bytes(walk.fleet.site.ca.bundle_pem)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(directory / "svid.pem", directory / "svid_key.pem")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        server.daemon_threads = True
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"https://localhost:{server.server_address[1]}/v1/bundles/sidecar", directory / "ca.pem"
+        finally:
+            ending.set()
+            server.shutdown()
+
+
+# ── a walk ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def perform(directory: Path, opa: Path, steps: Sequence[Step], *, say: Callable[[str], None]) -> Outcome:
+    """Go these steps in an empty directory; the first that fails is the last."""
+    outcome, began = Outcome(), time.monotonic()
+    with small_fleet.agent() as agent:
+        fleet = SmallFleet(directory, opa)
+        walk = Walk(fleet=fleet, agent=agent, outcome=outcome)
+        try:
+            for number, step in enumerate(steps, start=1):
+                title, since = step.__doc__ or step.__name__, time.monotonic()
+                outcome.steps += 1
+                try:
+                    checked = step(walk)
+                except Exception as error:  # noqa: BLE001  whatever it is, the walk has failed here
+                    outcome.complaints.append(f"{title}: {error or type(error).__name__}")
+                    say(f"{number:2} FAILED  {title}")
+                    break
+                say(f"{number:2} {title}\n      {checked} ({time.monotonic() - since:.1f} s)")
+        finally:
+            fleet.close()
+    say(f"walked in {time.monotonic() - began:.0f} s")
+    return outcome
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="lanes.rollout", description="signed policy from a file to a fleet and back")
+    parser.add_argument("--keep", metavar="DIR", type=Path, help="work there, and leave everything for looking at")
+    arguments = parser.parse_args()
+    opa = install.find()
+    if opa is None:
+        _say("OPA is not installed: run `sidecar opa install`")
+        return 1
+    with ExitStack() as stack:
+        if arguments.keep is not None:
+            arguments.keep.mkdir(parents=True)
+        directory = arguments.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        outcome = perform(directory.absolute(), opa, STEPS, say=_say)
+    for complaint in outcome.complaints:
+        _say(complaint)
+    _say(outcome.summary)
+    return 1 if outcome.complaints else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
