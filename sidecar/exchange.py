@@ -49,6 +49,7 @@ from sidecar.model import (
     Direction,
     Exchange,
     Fields,
+    LocalProcess,
     Mode,
     Permit,
     Reply,
@@ -97,12 +98,14 @@ class LiveTable(Protocol):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bounds:
     """What exchanges may take of us. `idle_timeout`: seconds without a byte of any message after which one is given up;
-    `body_timeout`: see `wire.passing`; `max_exchanges`: open at once in the whole sidecar.
+    `body_timeout`: see `wire.passing`; `max_exchanges`: open at once in the whole sidecar; `max_exchanges_per_peer`: of these, by
+    one caller of one listener (the agent beside us is nobody's rival, and has no such bound).
     """
 
     idle_timeout: float = 3600.0
     body_timeout: float = 60.0
     max_exchanges: int = 4096
+    max_exchanges_per_peer: int = 256
 
 
 class Pipeline:
@@ -127,6 +130,8 @@ class Pipeline:
         self._bounds = bounds
         self._stopwatch = stopwatch
         """Seconds of what is written down. Deadlines are on trio's clock, which costs ten times as much to read."""
+        self._by_peer: dict[object, int] = {}
+        """Open exchanges of each caller that has any."""
         prefix = os.urandom(4).hex()
         self._ids = (f"{prefix}-{number}" for number in count(1))
 
@@ -139,7 +144,7 @@ class Pipeline:
         try:
             fault = await self._served(connection, request, reply, ids, notes)
             if fault is not None and not reply.started:
-                with trio.move_on_after(self._bounds().idle_timeout):
+                with trio.move_on_after(_unread(self._bounds())):
                     await self._answer_fault(fault, request, reply, ids, notes)
         finally:
             self._live.leave(ids.exchange)
@@ -155,7 +160,10 @@ class Pipeline:
     ) -> SidecarError | None:
         """Serve, and return what went wrong that the client may be told, as long as it has been told nothing."""
         try:
-            await self._serve(connection, request, reply, ids, notes)
+            if isinstance(connection.peer, LocalProcess):
+                await self._serve(connection, request, reply, ids, notes)
+            else:
+                await self._serve_peer(connection, request, reply, ids, notes)
         except SidecarError as fault:
             notes.ended("error", fault)
             return fault
@@ -167,6 +175,22 @@ class Pipeline:
             notes.ended("error", defect)
             return defect
         return None
+
+    async def _serve_peer(self, connection: Connection, request: Request, reply: Reply, ids: Ids, notes: Notes) -> None:
+        """Serve within the caller's own share: what one of them holds, and does not read, must not be what others wait for."""
+        peer = connection.peer
+        who = peer.id if isinstance(peer, Workload) else connection.remote.host
+        held = self._by_peer.get(who, 0)
+        if held >= self._bounds().max_exchanges_per_peer:
+            raise Overloaded(f"{held} by {who}", code="peer_exchanges_exceeded", public="too many requests at once")
+        self._by_peer[who] = held + 1
+        try:
+            await self._serve(connection, request, reply, ids, notes)
+        finally:
+            if (left := self._by_peer[who] - 1) > 0:
+                self._by_peer[who] = left
+            else:
+                del self._by_peer[who]
 
     async def _serve(self, connection: Connection, request: Request, reply: Reply, ids: Ids, notes: Notes) -> None:
         bounds = self._bounds()
@@ -183,7 +207,8 @@ class Pipeline:
                 decision = await self._decide(attempt, ids, notes)
                 if isinstance(decision, Deny):
                     notes.ended("denied")
-                    await self._answer(_denied(decision, request.head, ids), reply, notes)
+                    scope.deadline = min(scope.deadline, trio.current_time() + _unread(bounds))
+                    await self._answer(_denied(decision, request.head, ids), reply, ids, notes)
                     return
                 if isinstance(attempt, OwnAnswer):
                     given = Answer(
@@ -238,7 +263,9 @@ class Pipeline:
             )
         return decision
 
-    async def _answer(self, response: Response, reply: Reply, notes: Notes) -> None:
+    async def _answer(self, response: Response, reply: Reply, ids: Ids, notes: Notes) -> None:
+        """Give an answer of ours. It takes no place among the exchanges: who was refused and does not read would keep out others."""
+        self._live.leave(ids.exchange)
         notes.status = response.head.status
         try:
             await reply.send(response)
@@ -249,7 +276,12 @@ class Pipeline:
         told = {"request_id": ids.request}
         if notes.decision is not None:
             told["decision_id"] = notes.decision.decision_id
-        await self._answer(answers.fault(fault, request_fields=request.head.fields, ids=told), reply, notes)
+        await self._answer(answers.fault(fault, request_fields=request.head.fields, ids=told), reply, ids, notes)
+
+
+def _unread(bounds: Bounds) -> float:
+    """Seconds for which an answer of ours waits to be read: it is small, and there is nothing behind it."""
+    return min(bounds.idle_timeout, bounds.body_timeout)
 
 
 def _permit(request: Request, allow: Allow, connection: Connection, scope: trio.CancelScope) -> Permit:

@@ -53,8 +53,9 @@ def client_settings(config: Config) -> ClientSettings:
 
 def bounds(config: Config) -> Bounds:
     return Bounds(
-        idle_timeout=config.timeouts.idle, body_timeout=config.timeouts.body, max_exchanges=config.limits.max_exchanges
-    )
+        idle_timeout=config.timeouts.idle, body_timeout=config.timeouts.body, max_exchanges=config.limits.max_exchanges,
+        max_exchanges_per_peer=config.limits.max_exchanges_per_peer,
+    )  # fmt: skip
 
 
 def seen(config: Config) -> Seen:

@@ -32,6 +32,7 @@ LIMITS = {
     "max_connections_per_peer": (1, 100_000),
     "max_streams": (1, 1000),
     "max_exchanges": (1, 1_000_000),
+    "max_exchanges_per_peer": (1, 1_000_000),
     "max_upstream_connections": (1, 100_000),
     "max_upstream_failures": (1, 1000),
 }

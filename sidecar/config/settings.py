@@ -237,6 +237,8 @@ class Limits:
     """Open at once on one HTTP/2 connection."""
     max_exchanges: int = 4096
     """Open at once in the whole sidecar; what comes above is shed."""
+    max_exchanges_per_peer: int = 256
+    """Of these, by one SPIFFE ID on one inbound listener, or one address where nothing is proven."""
     max_upstream_connections: int = 512
     """Open at once to one target."""
     max_upstream_failures: int = 5

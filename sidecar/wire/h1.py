@@ -181,8 +181,9 @@ def _request(
         method=method, target=where, host=host, port=port, fields=fields, protocol="HTTP/1.1" if modern else "HTTP/1.0",
         upgrade=upgrade, expects_continue=bool(expectations) and modern,
     )  # fmt: skip
-    # What stands behind a CONNECT is meant for a tunnel, and there will be none.
-    return parsed, framing, parsed.method != "CONNECT" and head.keeps(modern)
+    # What stands behind a CONNECT is meant for a tunnel, and there will be none. A proxy keeps no connection of HTTP/1.0, asked
+    # or not (RFC 9112 §9.3): such a client would wait for its end as the end of the answer.
+    return parsed, framing, modern and parsed.method != "CONNECT" and head.keeps(modern)
 
 
 def _upgrade(offers: list[bytes], options: Sequence[bytes]) -> str | None:

@@ -76,6 +76,7 @@ class Answering(Protocol):
     gone: bool
     """Whether the client is known to have gone."""
     started: bool
+    complete: bool
 
     @property
     def bytes_sent(self) -> int: ...
@@ -89,7 +90,7 @@ class Served:
 
     __slots__ = (
         "answering", "connection", "draining", "evicted", "exchanges", "fresh", "handle", "idle", "limits", "on_drain", "on_look",
-        "reason", "waiting", "waiting_until",
+        "reason", "tunnel", "waiting", "waiting_until",
     )  # fmt: skip
 
     def __init__(
@@ -103,6 +104,8 @@ class Served:
         self.draining = draining
         self.answering: Answering | None = None
         """The way back of the one exchange of an h1 connection, while there is one."""
+        self.tunnel: Answering | None = None
+        """It, once it has become a tunnel: then the client is read from, and says itself when it ends."""
         self.idle: Wait | None = None
         self.waiting: Wait | None = None
         """What to end at `waiting_until`, where the driver leaves that to the server's look-out."""
@@ -349,7 +352,7 @@ class _Reply:
             raise OurFault("a tunnel that was not asked for")
         self.started = True
         self.keep = False
-        self._served.answering = None  # from here on the client is read from, and may end its side while we end ours
+        self._served.answering, self._served.tunnel = None, self
         fields = accepted(head.fields, upgrade, self._head.fields)
         try:
             await self._stream.send_all(h1.encode_switch(ResponseHead(status=101, fields=fields), upgrade))

@@ -114,6 +114,8 @@ class Server:
                 life.served.check(now)
                 if life.served.answering is not None:
                     life.look(now)
+                elif life.hung_up and life.served.tunnel is not None:
+                    life.look_at_tunnel(life.served.tunnel, now)
 
     def make_room(self) -> bool:
         """End a connection with which nothing is lost, if there is one, and say whether there was."""
@@ -228,6 +230,16 @@ class _Life(Guest):
             self._seen, self._quiet_since = seen, now
         elif now - self._quiet_since >= (_ENDED_PATIENCE if reply.started else _UNANSWERED_PATIENCE):
             self.hang_up()
+
+    def look_at_tunnel(self, tunnel: Answering, now: float) -> None:
+        """Its client was reset, or both sides have ended it. Who reads it will find out, unless it cannot read for an agent
+        that does not: then nobody ever would.
+        """
+        if self._seen != (tunnel, 0):
+            self._seen, self._quiet_since = (tunnel, 0), now
+        elif not tunnel.complete and now - self._quiet_since >= _ENDED_PATIENCE:
+            tunnel.gone = True
+            self.scope.cancel()
 
     def hang_up(self) -> None:
         """The client has gone. Ends what is done for it; where that is nothing, whoever reads will find out."""

@@ -21,7 +21,7 @@ from support.flow import (
     status,
     world,
 )
-from support.h2_frames import GoAwayFrame, RstStreamFrame
+from support.h2_frames import GoAwayFrame, RstStreamFrame, SettingsFrame
 
 LISTENER = 'upstream: "http://127.0.0.1:8000"'
 ROUTE = "spiffe_ids: [spiffe://a.test/ns/demo/sa/target]"
@@ -209,6 +209,49 @@ async def test_above_the_limit_of_exchanges_what_comes_is_shed_and_health_answer
         assert status(await read_message(other, bytearray())) == 200
         assert status(await ask(one, get())) == 200
         nursery.cancel_scope.cancel()
+
+
+async def test_one_caller_has_its_share_of_exchanges_and_leaves_the_others_theirs(autojump_clock, tmp_path):
+    async with world(tmp_path, extra="limits: {max_exchanges_per_peer: 2}\n") as it, trio.open_nursery() as nursery:
+        await serve_target(it, nursery)
+        release = trio.Event()
+        it.agent.before = it.target.before = release.wait
+        held = [await it.client(it.credentials()) for _ in range(2)]
+        for one in held:
+            await one.send_all(get())
+        await trio.sleep(0.5)
+        asked = len(it.opa.questions)
+        answer = await ask(await it.client(it.credentials()), get())
+        assert (status(answer), code(answer)) == (503, "peer_exchanges_exceeded")
+        assert b"retry-after: 1\r\n" in answer
+        assert len(it.opa.questions) == asked
+        other, *agents = (
+            await it.client(it.credentials("/ns/demo/sa/other")),
+            *[await it.agent_client() for _ in range(3)],
+        )
+        for one in (other, *agents):  # another caller has a share of its own, and the agent beside us has no rival
+            await one.send_all(get())
+        await trio.sleep(0.5)
+        release.set()
+        for one in (*held, other, *agents):
+            assert status(await read_message(one, bytearray())) == 200
+        assert status(await ask(held[0], get())) == 200
+        assert [server._handle.__self__._by_peer for server, _ in it.app._inbound] == [{}]
+        nursery.cancel_scope.cancel()
+
+
+async def test_whoever_is_refused_and_does_not_read_it_keeps_out_nobody(autojump_clock, tmp_path):
+    """With windows of zero no answer of ours can be sent, neither a denial nor what is shed."""
+    async with world(tmp_path, extra="limits: {max_exchanges: 2}\n") as it:
+        it.opa.policy = lambda question: {"allow": question["path"] != "/no"}
+        peer = await h2_client(it, it.credentials())
+        await peer.send(SettingsFrame(0, settings={SettingsFrame.INITIAL_WINDOW_SIZE: 0}))
+        for stream_id in range(1, 20, 2):
+            await peer.request(stream_id, h2_head("/no"))
+        await trio.sleep(1)
+        assert status(await ask(await it.client(it.credentials("/ns/other")), get())) == 200
+        await trio.sleep(61)
+        assert len(it.access.events("exchange.ended")) == 11, "and is not waited for long"
 
 
 async def test_a_request_line_has_a_limit_of_its_own(autojump_clock, tmp_path):

@@ -146,6 +146,26 @@ async def test_an_agent_that_breaks_off_a_tunnel_breaks_it_off_for_the_client(au
         assert (line["outcome"], line["status"]) == ("aborted", 101)
 
 
+@pytest.mark.parametrize("secured", [True, False], ids=["mtls", "plaintext"])
+async def test_a_client_that_breaks_off_a_tunnel_is_noticed_though_the_agent_reads_nothing(
+    autojump_clock, tmp_path, secured
+):
+    async def talk(_stream: Stream) -> None:
+        await trio.sleep_forever()
+
+    async with switching(tmp_path, Switching(talk), mode="strict" if secured else "permissive") as it:
+        client = await it.client(it.credentials() if secured else None)
+        assert status(await ask(client, UPGRADE)) == 101
+        with trio.move_on_after(5):
+            while True:
+                await client.send_all(b"x" * 65536)
+        assert it.access.events("exchange.ended") == []
+        client.abort()
+        await trio.sleep(2)
+        (line,) = it.access.events("exchange.ended")
+        assert (line["outcome"], line["error"]) == ("aborted", "client_gone")
+
+
 async def test_a_client_that_breaks_off_a_tunnel_breaks_it_off_for_the_agent(autojump_clock, tmp_path):
     broken = trio.Event()
 

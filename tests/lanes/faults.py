@@ -1,4 +1,4 @@
-"""Every fault of every kind in every scene: `python -m lanes.faults`, some minutes on two cores.
+"""Every fault of every kind in every scene: `python -m lanes.faults`, some ten minutes on two cores.
 
 Prints how many were played, by scene and kind, and each run in which something did not hold. With `--scene`, `--kind` and `--at`
 one can be played again.

@@ -121,12 +121,12 @@ class H1Line:
                 told.garbled = str(error)
             told.over = True
         if not told.whole:
-            self.hang_up()
+            self.hang_up(abruptly=True)
         return told
 
-    def hang_up(self) -> None:
+    def hang_up(self, *, abruptly: bool = False) -> None:
         if self._line is not None:
-            self._line[0].close()
+            (self._line[0].abort if abruptly else self._line[0].close)()
         self._line = None
 
     def recant(self) -> None:

@@ -142,9 +142,8 @@ def tasks_below(root: trio.lowlevel.Task) -> Counter[str]:
 
 def wrong_answers(told: Sequence[Told], faults: Faults) -> Iterator[str]:
     """Whoever got an answer that looks whole has the right one, or one that says that there is none."""
-    ended_early = faults.ended_in_order and faults.hit_role != "client"
     for one in told:
-        if one.recanted or (ended_early and one.tunnel and one.whole and one.want.startswith(one.got)):
+        if one.recanted or (faults.ended_in_order and _ended_early(one, by_client=faults.hit_role == "client")):
             continue
         if one.garbled:
             yield f"garbled: {one}: {one.garbled}"
@@ -154,6 +153,11 @@ def wrong_answers(told: Sequence[Told], faults: Faults) -> Iterator[str]:
             yield f"not the answer: {one}: {one.got[:200]!r}"
         elif not one.whole and not one.want.startswith(one.got) and one.status not in _OUR_ANSWERS:
             yield f"not the beginning of the answer: {one}"
+
+
+def _ended_early(one: Told, *, by_client: bool) -> bool:
+    """Whether it is a tunnel that may have come to its end before all was said, since somebody has ended his side."""
+    return one.tunnel and one.over and one.status == one.right and (by_client or one.want.startswith(one.got))
 
 
 def says_no(one: Told) -> bool:

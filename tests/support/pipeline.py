@@ -250,7 +250,7 @@ class World:
         self.open.add(exchange_id)
 
     def leave(self, exchange_id: str) -> None:
-        self.open.remove(exchange_id)
+        self.open.discard(exchange_id)
 
     async def run(self, body: Any = None, **head: Any) -> Exchange:
         recorder = type(

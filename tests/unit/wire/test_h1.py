@@ -62,7 +62,7 @@ def test_http_1_1_needs_one_host():
 def test_http_1_0_may_do_without_host_and_does_not_keep_the_connection():
     head, _, keep = request(b"GET / HTTP/1.0\r\n\r\n")
     assert (head.host, head.protocol, keep) == ("", "HTTP/1.0", False)
-    assert request(b"GET / HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n")[2] is True
+    assert request(b"GET / HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n")[2] is False, "RFC 9112 §9.3"
 
 
 def test_an_absolute_target_agrees_with_host_and_scheme():
