@@ -16,7 +16,7 @@ export UV_COMPILE_BYTECODE := 1
 LANE   := PYTHONPATH=.:tests $(BIN)/python -m lanes
 
 .PHONY: help setup opa check format lint types floors policies test demo demo-up demo-down bench live-clients imports clean
-.PHONY: h2spec corpus faults bigbody restart fuzz
+.PHONY: h2spec corpus faults bigbody restart fuzz rollout fleet postgres
 
 help: ## say what there is
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -96,6 +96,16 @@ restart: setup ## rolling restarts under load: requests sent, lost and doubled
 fuzz: setup ## coverage-guided fuzzing of parsers and canonicaliser (FUZZ_SECONDS in all, default 120)
 	$(UV) sync --quiet --frozen --inexact --group fuzz --python $(BIN)/python
 	$(LANE).fuzz
+
+rollout: setup ## the whole way of a bundle: build, sign, serve, canary, halt, promote, return, attacks refused
+	$(LANE).rollout
+
+fleet: setup ## 2,000 waiting sidecars on one bundle server: memory, time to the last one, CPU
+	$(LANE).fleet
+
+postgres: ## PostgreSQL for the tests of the bundle server, where there is none (Debian's package; as root)
+	@ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 || command -v postgres >/dev/null || { \
+	  apt-get update -q && apt-get install -y -q --no-install-recommends postgresql; }
 
 clean: ## remove what was made here (not the cached OPA)
 	rm -rf $(VENV) .demo build .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -297,6 +297,16 @@ class SmallFleet:
         self.sides[name] = side
         return side
 
+    def ask(self, side: Side) -> int:
+        """What the caller is answered there, once."""
+        context = client_context(self.site.caller(CALLER).certificate.parent)
+        way = http.client.HTTPSConnection("127.0.0.1", side.port, context=context, timeout=10)
+        try:
+            way.request("GET", ALLOWED)
+            return way.getresponse().status
+        finally:
+            way.close()
+
     def visit(self, side: Side) -> None:
         """Begin to put traffic on it."""
         side.visits.append(Traffic(side, client_context(self.site.caller(CALLER).certificate.parent)))
