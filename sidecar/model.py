@@ -277,7 +277,7 @@ class PolicyBundle:
     digest: str
     """Of its content, whoever signed it; hex SHA-256."""
     keys: Mapping[str, tuple[str, bytes]] = field(repr=False)
-    """Key id → (algorithm of RFC 7518 §3.1, public key in PEM): all that may have signed it."""
+    """Key id → (algorithm of RFC 7518 §3.1, public key in PEM): the one that vouches for it, of a kind that OPA knows."""
     scope: str
     pure: Mapping[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
     """Entrypoint whose decisions are proven pure → paths below `input` that they read; an empty path is all of it."""

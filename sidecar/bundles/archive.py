@@ -62,6 +62,8 @@ class Bundle:
 
     files: Mapping[str, bytes] = field(repr=False)
     signatures: bytes | None = field(repr=False)
+    hashes: dict[tuple[str, str], str] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """What was worked out of the files, by name and algorithm: `signature` keeps it, since it costs more than all else."""
 
     @property
     def manifest(self) -> Value:
@@ -112,10 +114,18 @@ def pack(bundle: Bundle) -> bytes:
 
 def json_of(name: str, content: bytes) -> Value:
     """Parse a JSON file of a bundle, and make sure that it has a canonical spelling. Raises `BundleRefused`."""
+    return _spelt(name, content)[0]
+
+
+def canonical_of(name: str, content: bytes) -> bytes:
+    """The canonical spelling of a JSON file of a bundle. Raises `BundleRefused`."""
+    return _spelt(name, content)[1]
+
+
+def _spelt(name: str, content: bytes) -> tuple[Value, bytes]:
     try:
         value = canonical.parse(content)
-        canonical.encode(value)
-        return value
+        return value, canonical.encode(value)
     except NotJson as error:
         raise BundleRefused(f"{name} {error}", code="bundle_malformed") from error
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from json.encoder import encode_basestring as _quoted
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 Value: TypeAlias = "bool | str | Number | list[Value] | dict[str, Value] | None"
 
@@ -43,12 +43,9 @@ def parse(data: bytes) -> Value:
 
 def encode(value: Value) -> bytes:
     """Return the canonical spelling. Raises `NotJson` for text that UTF-8 cannot spell, or nesting without end."""
-    pieces: list[str] = []
     try:
-        _write(value, pieces.append)
-        text = "".join(pieces)
         # Go's encoder escapes the two line separators of JavaScript, and Python's does not.
-        return text.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029").encode()
+        return _spelt(value).replace("\u2028", "\\u2028").replace("\u2029", "\\u2029").encode()
     except RecursionError as error:
         raise NotJson("is nested too deep") from error
     except UnicodeEncodeError as error:
@@ -60,35 +57,20 @@ def plain(value: object) -> Value:
     return parse(json.dumps(value, allow_nan=False, ensure_ascii=False).encode())
 
 
-def _write(value: Value, put: Callable[[str], object], depth: int = 0) -> None:
-    if value is None:
-        put("null")
-    elif value is True:
-        put("true")
-    elif value is False:
-        put("false")
-    elif isinstance(value, Number):
-        put(str(value))
-    elif isinstance(value, str):
-        put(_quoted(value))
-    elif depth == MAX_DEPTH:
+def _spelt(value: Value, depth: int = 0) -> str:
+    kind = type(value)
+    if kind is Number:
+        return str(value)
+    if kind is str:
+        return _quoted(cast("str", value))
+    if value is None or kind is bool:
+        return "null" if value is None else "true" if value else "false"
+    if depth == MAX_DEPTH:
         raise NotJson("is nested too deep")
-    elif isinstance(value, list):
-        put("[")
-        for index, item in enumerate(value):
-            if index:
-                put(",")
-            _write(item, put, depth + 1)
-        put("]")
-    else:
-        put("{")
-        for index, key in enumerate(sorted(value)):
-            if index:
-                put(",")
-            put(_quoted(key))
-            put(":")
-            _write(value[key], put, depth + 1)
-        put("}")
+    if isinstance(value, list):
+        return f"[{','.join([_spelt(one, depth + 1) for one in value])}]"
+    found = cast("dict[str, Value]", value)
+    return f"{{{','.join([f'{_quoted(key)}:{_spelt(found[key], depth + 1)}' for key in sorted(found)])}}}"
 
 
 def _no_constant(name: str) -> Value:

@@ -168,7 +168,7 @@ def _role(name: str, role: Mapping[str, Value]) -> Iterator[str]:
 
 
 def _allow(branch: str, rule: Mapping[str, Value]) -> Iterator[str]:
-    methods, in_mode = _methods(rule), _in_mode(rule)
+    methods, in_mode = _methods(rule), list(_in_mode(rule))
     tls = rule.get("require_tls") is not False
     transport = "input.tls == true" if tls else "on_transport"
     others = set(_MODES) - set(_modes(rule))

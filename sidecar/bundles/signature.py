@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from typing import cast
 
 from sidecar.bundles import canonical
-from sidecar.bundles.archive import DATA, MANIFEST, SIGNATURES, Bundle, BundleRefused, json_of
+from sidecar.bundles.archive import DATA, MANIFEST, SIGNATURES, Bundle, BundleRefused, canonical_of
 from sidecar.bundles.canonical import NotJson, Number
 from sidecar.bundles.keys import SigningKey, VerifyingKey, check, private_key, public_key, signature
 from sidecar.errors import OperatorFault
@@ -56,8 +56,7 @@ def sign(bundle: Bundle, key: SigningKey, scope: str) -> Bundle:
     header = {"alg": key.algorithm, "kid": key.id, "typ": "JWT"}
     payload = {
         "files": [
-            {"algorithm": "SHA-256", "hash": digest(name, content), "name": name}
-            for name, content in sorted(bundle.files.items())
+            {"algorithm": "SHA-256", "hash": _digest(bundle, name), "name": name} for name in sorted(bundle.files)
         ],
         "keyid": key.id,
         "scope": scope,
@@ -97,13 +96,21 @@ def names_its_key(bundle: Bundle) -> bool:
 def digest(name: str, content: bytes, algorithm: str = "SHA-256") -> str:
     """Hex hash of a file of a bundle, as it is signed."""
     if name in {MANIFEST, DATA} or name.endswith(f"/{DATA}"):
-        content = canonical.encode(json_of(name, content))
+        content = canonical_of(name, content)
     return _DIGESTS[algorithm](content).hexdigest()
+
+
+def _digest(bundle: Bundle, name: str, algorithm: str = "SHA-256") -> str:
+    """The same, worked out once for each file of a bundle."""
+    known = bundle.hashes.get((name, algorithm))
+    if known is None:
+        known = bundle.hashes[name, algorithm] = digest(name, bundle.files[name], algorithm)
+    return known
 
 
 def content_digest(bundle: Bundle) -> str:
     """Hex SHA-256 of what the bundle says, whoever signed it and however it was packed."""
-    lines = [f"{name}\0{digest(name, content)}\n" for name, content in sorted(bundle.files.items())]
+    lines = [f"{name}\0{_digest(bundle, name)}\n" for name in sorted(bundle.files)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -189,13 +196,12 @@ def _compare(files: object, bundle: Bundle) -> None:
         raise _invalid("its list of files is malformed")
     for entry in files:
         name, algorithm, claimed = _listed(entry)
-        content = bundle.files.get(name)
-        if content is None:
+        if name not in bundle.files:
             raise _invalid(f"{name[:80]!a} was signed and is missing")
         if name in listed or algorithm not in _DIGESTS:
             raise _invalid(f"{name[:80]!a} is listed twice, or hashed in a way that is not accepted")
         listed[name] = claimed
-        if digest(name, content, algorithm) != claimed:
+        if _digest(bundle, name, algorithm) != claimed:
             raise _invalid(f"{name[:80]!a} is not what was signed")
     if added := sorted(bundle.files.keys() - listed.keys()):
         raise _invalid(f"{added[0][:80]!a} was not signed")

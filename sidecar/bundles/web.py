@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
+import trio
 
 from sidecar.errors import MaybeSent, OperatorFault
 from sidecar.wire import tls
@@ -28,17 +29,19 @@ class Web:
         """Return status, entity tag and body. Raises `MaybeSent`, or `OperatorFault` for a token that cannot be read."""
         headers = [*fields, *_authorization(self._token)]
         try:
-            async with self._client.stream(
-                method, self._url, headers=headers, content=body or None, timeout=timeout
-            ) as answer:
-                whole = bytearray()
-                async for part in answer.aiter_raw():
-                    whole += part
-                    if len(whole) > max_bytes:
-                        raise MaybeSent(f"the answer is longer than {max_bytes} bytes", code="answer_too_large")
-                return answer.status_code, answer.headers.get("etag", ""), bytes(whole)
+            with trio.move_on_after(timeout):  # httpx bounds each operation, and a dripping server has many
+                async with self._client.stream(
+                    method, self._url, headers=headers, content=body or None, timeout=timeout
+                ) as answer:
+                    whole = bytearray()
+                    async for part in answer.aiter_raw():
+                        whole += part
+                        if len(whole) > max_bytes:
+                            raise MaybeSent(f"the answer is longer than {max_bytes} bytes", code="answer_too_large")
+                    return answer.status_code, answer.headers.get("etag", ""), bytes(whole)
         except httpx.HTTPError as error:
-            raise MaybeSent(f"{type(error).__name__}: {error}", code="server_unreachable") from error
+            raise MaybeSent(f"{type(error).__name__}: {error}", code="upstream_broke_off") from error
+        raise MaybeSent(f"no answer within {timeout:g} s", code="answer_timeout", status=504)
 
 
 def _authorization(token: Path | None) -> list[tuple[bytes, bytes]]:

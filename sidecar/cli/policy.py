@@ -7,6 +7,7 @@ as `sidecar bundle build` takes them.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 from collections.abc import Iterator, Mapping
@@ -114,6 +115,7 @@ def _test(arguments: argparse.Namespace) -> int:
 
 
 def _simulate(arguments: argparse.Namespace) -> int:
+    _need_client()
     from sidecar.decision import inquiry, rehearsal  # noqa: PLC0415  other commands have no need of the client of OPA
 
     words, asked = _words(arguments), _inquiry(arguments)
@@ -211,6 +213,7 @@ def _target(arguments: argparse.Namespace, host: str, port: int | None) -> Mappi
 
 
 def _replay(arguments: argparse.Namespace) -> int:
+    _need_client()
     from sidecar.decision import replay  # noqa: PLC0415
 
     opa, files = opa_binary(), _files(arguments)
@@ -248,6 +251,12 @@ def _tally(tally: Tally) -> Iterator[str]:
 
 
 # ── sources and arguments ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _need_client() -> None:
+    """A sidecar runs without it."""
+    if importlib.util.find_spec("opa_client") is None:
+        raise OperatorFault("opa-python-client is not installed; simulate and replay ask OPA through it")
 
 
 def _files(arguments: argparse.Namespace) -> Mapping[str, bytes]:

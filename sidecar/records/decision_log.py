@@ -207,7 +207,12 @@ class DecisionLog:
     """Makes an event of each decision and hands it to whoever takes it."""
 
     def __init__(
-        self, takers: Sequence[Events], *, path: Callable[[Direction], str], labels: Mapping[str, str], mask: Sequence[str]
+        self,
+        takers: Sequence[Events],
+        *,
+        path: Callable[[Direction], str],
+        labels: Mapping[str, str],
+        mask: Sequence[str],
     ) -> None:
         self.failed = 0
         """Decisions of which no event could be made."""

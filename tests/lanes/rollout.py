@@ -14,140 +14,24 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import http.server
-import json
 import signal
-import ssl
-import statistics
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from examples.demo import kit
 from sidecar.decision import install
-from support import small_fleet
+from support import old_news, small_fleet
 from support.bundle_server import SERVER
-from support.small_fleet import BRISK, PAUSE, Side, SmallFleet, run
+from support.rollout_walk import PATIENCE, Outcome, Walk
+from support.small_fleet import SmallFleet, run
 
-PATIENCE = 20.0
 RINGS = [{"name": "canary", "labels": {"ring": "canary"}}, {"name": "all", "percent": 100}]
 FORGETFUL = ("/budget/drafts/**",)
 """What the readers of the bad candidate may GET: not what they do GET."""
-
-
-@dataclass
-class Outcome:
-    """What came of a walk."""
-
-    steps: int = 0
-    complaints: list[str] = field(default_factory=list)
-    enforced: list[float] = field(default_factory=list)
-    """Seconds from publish, or from the order, to enforced."""
-    answered: int = 0
-
-    @property
-    def summary(self) -> str:
-        median = f"{statistics.median(self.enforced):.2f} s (median of {len(self.enforced)})" if self.enforced else "never"
-        return f"rollout: {self.steps} steps, {len(self.complaints)} failed; publish to enforced {median}"
-
-
-@dataclass
-class Walk:
-    """What the steps have in common."""
-
-    fleet: SmallFleet
-    agent: int
-    outcome: Outcome
-    bundles: dict[str, Path] = field(default_factory=dict)
-
-    @property
-    def sides(self) -> list[Side]:
-        return list(self.fleet.sides.values())
-
-    def __getitem__(self, name: str) -> Side:
-        return self.fleet.sides[name]
-
-    # ── what is done ──────────────────────────────────────────────────────────────────────────────────────────────
-
-    def publish(self, bundle: Path, serial: int, *, by: str = "ops/release") -> tuple[int, dict[str, Any]]:
-        answer = self.fleet.server.ask(
-            "PUT", f"/v1/bundles/sidecar/versions/{serial}", by=by, body=bundle.read_bytes(), content_type="application/gzip",
-        )  # fmt: skip
-        return answer.status, answer.json
-
-    def order(self, action: str, why: str, **more: object) -> dict[str, Any]:
-        status, said = self.ordered(action, why, **more)
-        assert status == 200, f"{action}: {status} {said}"
-        return said
-
-    def ordered(self, action: str, why: str, **more: object) -> tuple[int, dict[str, Any]]:
-        document = json.dumps({"action": action, "why": why, **more}).encode()
-        answer = self.fleet.server.ask(
-            "POST", "/v1/rollouts/sidecar", body=document, content_type="application/json"
-        )
-        return answer.status, answer.json
-
-    def rollout(self) -> dict[str, Any]:
-        found: dict[str, Any] = self.fleet.server.ask("GET", "/v1/rollouts/sidecar").json
-        return found
-
-    def promotable(self) -> None:
-        """Wait until nothing stands in the way of a promotion: everybody of the rings reached has reported."""
-        self.until(lambda: not self.rollout()["unmet"], lambda: f"unmet: {self.rollout()['unmet']}")
-
-    def standing(self) -> dict[str, dict[str, Any]]:
-        told = self.fleet.server.ask("GET", "/v1/fleet/sidecar").json["sidecars"]
-        return {one["id"].rpartition("/")[2]: one for one in told}
-
-    @contextmanager
-    def measured(self, revision: str, sides: Sequence[Side]) -> Iterator[list[float]]:
-        """Time from here until each of these has answered by this revision; the list gets one number, the last one's."""
-        found: list[float] = []
-        for side in sides:
-            side.pace(BRISK)
-        time.sleep(2 * PAUSE)  # so that those who waited are under way
-        began = time.time()
-        yield found
-        self.until(
-            lambda: all(side.first_by(revision, began) for side in sides),
-            lambda: f"{revision} is not enforced: " + ", ".join(f"{side.name} runs {side.runs()}" for side in sides),
-        )
-        found.append(max(side.first_by(revision, began) or 0.0 for side in sides) - began)
-        self.outcome.enforced.append(found[0])
-        for side in sides:
-            side.pace(PAUSE)
-
-    def until(self, true: Callable[[], object], complaint: Callable[[], str]) -> None:
-        give_up_at = time.monotonic() + PATIENCE
-        while not true():
-            assert time.monotonic() < give_up_at, complaint()
-            time.sleep(0.05)
-
-    # ── what is checked ───────────────────────────────────────────────────────────────────────────────────────────
-
-    def expect(self, **revisions: str) -> None:
-        """That these run these revisions now."""
-        for name, revision in revisions.items():
-            found = self[name].runs()
-            assert found == revision, f"{name} runs {found}, not {revision}"
-
-    def refused(self, side: Side, code: str, runs: str, before: int) -> None:
-        """That this sidecar refuses something, with this code, once, and goes on by what it ran."""
-
-        def told() -> list[str]:
-            return [event["code"] for event in side.events("bundle.refused")[before:]]
-
-        self.until(told, lambda: f"nothing was refused ({code})")
-        answered = side.answered
-        self.until(lambda: side.answered > answered + 2, lambda: "it does not answer")
-        assert told() == [code], f"{told()}, not {code} once"
-        assert side.runs() == runs, f"{side.name} runs {side.runs()}, not {runs}"
 
 
 # ── the steps ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -226,7 +110,7 @@ def stopped(walk: Walk) -> str:
     walk.order("start", "fewer may read", serial=3, rings=RINGS, shadow_first=True)
     walk.until(lambda: walk.rollout()["state"] == "halted", lambda: f"it was not halted: {walk.rollout()}")
     took = time.monotonic() - began
-    entry = walk.fleet.server.ask("GET", "/v1/rollouts/sidecar/audit?limit=1000").json["entries"][-1]
+    entry = walk.audit()[-1]
     assert (entry["action"], entry["who"]) == ("halt", "gates"), entry
     assert "would have gone the other way under serial 3" in entry["why"], entry
     examples = [one for line in walk.standing().values() for one in (line["shadow"] or {}).get("examples", ())]
@@ -262,7 +146,8 @@ def rolled_back(walk: Walk) -> str:
     with walk.measured("r2", walk.sides) as took:
         walk.order("rollback", "reports are missed")
     walk.until(
-        lambda: all((one["serial"], one["behind"]) == (2, False) for one in walk.standing().values()), lambda: str(walk.standing())
+        lambda: all((one["serial"], one["behind"]) == (2, False) for one in walk.standing().values()),
+        lambda: str(walk.standing()),
     )
     assert not any(side.events("bundle.refused") for side in walk.sides), "somebody refused it"
     return f"all run r2 again {took[0] * 1000:.0f} ms after the order, and r4 allowed it"
@@ -333,7 +218,10 @@ def downgraded(walk: Walk) -> str:
 def replayed(walk: Walk) -> str:
     """A server that hands out an old archive, and one that is not ours"""
     side = walk["three"]
-    with _old_news(walk, walk.bundles["r1"].read_bytes()) as (url, ca):
+    ca = walk.fleet.directory / "ca.pem"
+    ca.write_bytes(walk.fleet.site.ca.bundle_pem)
+    with old_news.serving(walk.bundles["r1"].read_bytes(), walk.fleet.directory / "old-news", walk.fleet.site.ca) as at:
+        url = f"{at}/v1/bundles/sidecar"
         before = len(side.events("bundle.refused"))
         walk.fleet.restart(side, source=url, spiffe_ids=None, ca=str(ca), shadow=None, report=None)
         walk.refused(side, "bundle_downgrade", "r5", before)
@@ -348,7 +236,7 @@ def replayed(walk: Walk) -> str:
 def below_the_floor(walk: Walk) -> str:
     """A fresh sidecar, which remembers nothing, has its minimum_serial; back on the server everybody runs the newest"""
     side = walk["three"]
-    fresh = walk.fleet.side("fresh", walk.agent, {})
+    fresh = walk.fleet.side("fresh", walk.agent, {"ring": "wide"})
     kit.write_whole(fresh.directory / "bundle.tar.gz", walk.bundles["r4"].read_bytes())
     fresh.write(source="bundle.tar.gz", spiffe_ids=None, shadow=None, report=None, minimum_serial=5)
     fresh.start()
@@ -368,14 +256,14 @@ def killed(walk: Walk) -> str:
     with walk.measured("r6", [walk["one"]]):
         assert walk.publish(walk.bundles["r6"], 6)[0] == 201
         walk.order("start", "no plans", serial=6, rings=RINGS)
-    before, audit = walk.rollout(), _audit(walk)
+    before, audit = walk.rollout(), walk.audit()
     walk.fleet.server.end(signal.SIGKILL)
     answered = walk.fleet.answered
     walk.until(lambda: walk.fleet.answered > answered + 30, lambda: "sidecars stopped with the server")
     walk.fleet.server.start()
     after = walk.rollout()
     assert {**after, "unmet": []} == {**before, "unmet": []}, f"{after}, and it was {before}"
-    assert _audit(walk) == audit
+    assert walk.audit() == audit
     walk.promotable()
     walk.order("promote", "goes on")
     walk.until(lambda: all(side.runs() == "r6" for side in walk.sides), lambda: "r6 does not arrive")
@@ -406,48 +294,6 @@ MAIN_PATH = (signed, served, first, canary, promoted, stopped, fixed, rolled_bac
 Step = Callable[[Walk], str]
 
 
-def _audit(walk: Walk) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = walk.fleet.server.ask("GET", "/v1/rollouts/sidecar/audit?limit=1000").json["entries"]
-    return found
-
-
-@contextmanager
-def _old_news(walk: Walk, archive: bytes) -> Iterator[tuple[str, Path]]:
-    """A server that hands this to everybody; its URL, and the authority that certifies its name."""
-
-    class Answers(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_GET(self) -> None:
-            had = self.headers.get("if-none-match") == '"old"'
-            if had:
-                ending.wait(5)  # it holds the question, as it is asked to
-            self.send_response(304 if had else 200)
-            self.send_header("etag", '"old"')
-            self.send_header("content-length", "0" if had else str(len(archive)))
-            self.end_headers()
-            self.wfile.write(b"" if had else archive)
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    ending = threading.Event()
-    directory = walk.fleet.directory / "old-news"
-    kit.write(directory, walk.fleet.site.ca.svid("/old/news", dns=["localhost"]), {})
-    (directory / "ca.pem").write_bytes(walk.fleet.site.ca.bundle_pem)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(directory / "svid.pem", directory / "svid_key.pem")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
-        server.daemon_threads = True
-        server.socket = context.wrap_socket(server.socket, server_side=True)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            yield f"https://localhost:{server.server_address[1]}/v1/bundles/sidecar", directory / "ca.pem"
-        finally:
-            ending.set()
-            server.shutdown()
-
-
 # ── a walk ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -463,7 +309,7 @@ def perform(directory: Path, opa: Path, steps: Sequence[Step], *, say: Callable[
                 outcome.steps += 1
                 try:
                     checked = step(walk)
-                except Exception as error:  # noqa: BLE001  whatever it is, the walk has failed here
+                except Exception as error:  # whatever it is, the walk has failed here
                     outcome.complaints.append(f"{title}: {error or type(error).__name__}")
                     say(f"{number:2} FAILED  {title}")
                     break

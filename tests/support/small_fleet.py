@@ -67,7 +67,12 @@ class Releases:
 
     def data(self, name: str, readers: Sequence[str]) -> Path:
         """Who may do what: the caller may GET these paths, and never what is sealed."""
-        roles = {"readers": {"allow": [{"methods": ["GET"], "paths": list(readers)}], "deny": [{"methods": ["*"], "paths": [SEALED]}]}}
+        roles = {
+            "readers": {
+                "allow": [{"methods": ["GET"], "paths": list(readers)}],
+                "deny": [{"methods": ["*"], "paths": [SEALED]}],
+            }
+        }
         rbac = {"roles": roles, "bindings": {f"spiffe://example.org/{CALLER}": ["readers"]}}
         path = self.directory / f"{name}.json"
         path.write_text(json.dumps({"sidecar": {"rbac": rbac}}))
@@ -107,7 +112,7 @@ class Agent(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(b"ok")
 
-    def log_message(self, format: str, *args: object) -> None:
+    def log_message(self, *_: object) -> None:
         pass
 
 
