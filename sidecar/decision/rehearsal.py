@@ -35,6 +35,7 @@ _QUERY_TIMEOUT = 300.0
 _START_INTERVAL = 0.02
 _ATTEMPTS = 3
 """A free port may be taken by somebody else before OPA has it."""
+_MEMORY_BYTES = 1 << 30
 _STRICT = {"strict-builtin-errors": "true"}
 _HOUSE = "sidecar_rehearsal"
 """The package of what is asked here; no policy has it."""
@@ -171,8 +172,12 @@ def _running(opa: Path, work: Path, sign: str) -> Iterator[int]:
 
 
 def _environment() -> dict[str, str]:
-    """Policy can read it (`opa.runtime`), and ours may hold secrets."""
-    return {name: os.environ[name] for name in ("LD_LIBRARY_PATH", "GOMAXPROCS", "GOMEMLIMIT") if name in os.environ}
+    """Policy can read it (`opa.runtime`), and ours may hold secrets.
+
+    Less collecting of garbage is a third less CPU for each decision of a batch; the limit has it collect in time.
+    """
+    kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
+    return {"GOGC": "400", "GOMEMLIMIT": str(_MEMORY_BYTES), **kept}
 
 
 def _ready(process: subprocess.Popen[bytes], port: int, sign: str) -> bool:

@@ -193,8 +193,8 @@ def _verifiable(
 
 def _masked(event: Event) -> Iterator[str]:
     for name in ("erased", "masked"):
-        pointers = event.get(name) or ()
-        yield from map(str, pointers if isinstance(pointers, list) else ("",))
+        pointers = event.get(name) or []
+        yield from map(str, pointers if isinstance(pointers, list) else [""])
 
 
 def _matters(pointer: str) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import socket
 import subprocess
 import tempfile
 from collections.abc import AsyncIterator
@@ -97,7 +98,7 @@ def test_no_builtin_fails_over_a_question(opa: Path) -> None:
         query = f"[a | some q in input; a := data.sidecar.{direction}.decision with input as q]"
         said = strictly(opa, query, asked, data)
         assert len(said["result"][0]["expressions"][0]["value"]) == len(asked)
-    broken = {**QUESTION, "caller": CALLER, "segments": [1]}
+    broken = {**asked[0], "segments": [1]}
     assert "errors" in strictly(opa, "data.sidecar.inbound.decision with input as input[0]", [broken], data)
 
 
@@ -295,7 +296,27 @@ async def test_an_overlay_that_says_nothing_changes_nothing(opa: Path, tmp_path:
         assert (await engine.decide(asking("inbound", "/x"))).rule == "rbac/path"
 
 
-def test_nobody_can_hand_opa_an_overlay_beside_the_bundle(opa: Path, tmp_path: Path) -> None:
-    """What the library reads lies under the roots of its bundle, with overlays and without: OPA keeps others out of it."""
-    bundle = build.build(opa, build.Sources(policies=POLICIES), build.Stamp(revision="r1", serial=1, created=0.0))
-    assert bundle.manifest["roots"] == ["sidecar", "team"]  # type: ignore[call-overload,index]
+async def test_nobody_can_hand_opa_an_overlay_beside_the_bundle(opa: Path, tmp_path: Path) -> None:
+    """What the library reads lies under the roots of its bundle, with overlays and without, and OPA lets nobody else write there."""
+    async with enforced(opa, tmp_path, {}) as engine:
+        [path] = (tmp_path / "run").rglob("opa.sock")
+        handed = {"inbound": {"allow": True, "deny": False}}
+        for place in ("team", "team/evil", "sidecar/rbac"):
+            said = await trio.to_thread.run_sync(put, path, f"/v1/data/{place}", json.dumps(handed))
+            assert "is owned by bundle" in said
+        assert "is owned by bundle" in await trio.to_thread.run_sync(
+            put, path, "/v1/policies/evil", "package team.evil.inbound\n\nallow := true\n"
+        )
+        assert type(await engine.decide(asking("inbound"))) is Deny
+
+
+def put(socket_path: Path, target: str, body: str) -> str:
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(5)
+        connection.connect(str(socket_path))
+        head = f"PUT {target} HTTP/1.1\r\nhost: opa\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        connection.sendall((head + body).encode())
+        said = b""
+        while more := connection.recv(65536):
+            said += more
+        return said.decode()

@@ -29,7 +29,7 @@ from sidecar.identity.spiffe import parse
 from sidecar.model import Address, Identity
 from sidecar.supply import REPORT_INTERVAL
 from sidecar.wire.client import Client, ClientSettings, Upstream
-from sidecar.wire.fetch import fetch
+from sidecar.wire.fetch import Answer, fetch
 from sidecar.wire.network import TcpNetwork
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -144,7 +144,7 @@ class _Crowd:
             self._had.setdefault(member.serial, []).append(time.monotonic())
             member.news.set()
         elif answer.status != 304:
-            self._failures[str(answer.status)] += 1
+            self._failures[_refusal(answer)] += 1
             await trio.sleep(random.uniform(0.5, 1.5))
 
     async def _report(self, member: _Member) -> None:
@@ -175,7 +175,14 @@ class _Crowd:
         if answer.status == 204:
             self._reported.setdefault(serial, set()).add(member.id)
         else:
-            self._failures[f"report: {answer.status}"] += 1
+            self._failures[f"report: {_refusal(answer)}"] += 1
+
+
+def _refusal(answer: Answer) -> str:
+    try:
+        return f"{answer.status} {json.loads(answer.body)['code']}"
+    except (ValueError, KeyError, TypeError):
+        return str(answer.status)
 
 
 # ── in the process that measures ──────────────────────────────────────────────────────────────────────────────────
