@@ -153,9 +153,8 @@ def distinct(item: Item, decode: Callable[[Item], str]) -> tuple[str, ...]:
     return names
 
 
-def timeouts(item: Item) -> Timeouts:
-    section = item.section()
-    default = Timeouts()
+def timeouts(item: Item, default: Timeouts | None = None) -> Timeouts:
+    section, default = item.section(), default or Timeouts()
     timeouts = Timeouts(
         **{f.name: section.take(f.name, Item.seconds, getattr(default, f.name)) for f in fields(Timeouts)}
     )

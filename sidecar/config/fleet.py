@@ -35,6 +35,8 @@ from sidecar.model import Address
 LISTEN = Address(host="0.0.0.0", port=9443)  # noqa: S104  sidecars come from other machines
 LIMITS = Limits(max_connections=10_000, max_exchanges=20_000)
 """Each sidecar keeps a question open all the time."""
+TIMEOUTS = Timeouts(decision=10.0)
+"""After a promotion the whole fleet asks at once, and nobody minds to be answered a few seconds later."""
 _BUNDLE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _OBJECTS = re.compile(r"(s3|gs|az)://[A-Za-z0-9][A-Za-z0-9._-]{0,254}(/[A-Za-z0-9._/-]*)?")
 
@@ -86,7 +88,7 @@ class FleetConfig:
     policy_input: PolicyInput = DEFAULT.policy_input
     decision_log: DecisionLog | None = None
     health: Health | None = DEFAULT.health
-    timeouts: Timeouts = DEFAULT.timeouts
+    timeouts: Timeouts = TIMEOUTS
     limits: Limits = LIMITS
     log: Log = DEFAULT.log
 
@@ -127,7 +129,7 @@ class _Reader(Reader):
             policy_input=root.take("policy_input", decoders.policy_input, DEFAULT.policy_input),
             decision_log=root.take("decision_log", shipping.decision_log, None),
             health=root.take("health", self._health, DEFAULT.health),
-            timeouts=root.take("timeouts", decoders.timeouts, DEFAULT.timeouts),
+            timeouts=root.take("timeouts", lambda item: decoders.timeouts(item, TIMEOUTS), TIMEOUTS),
             limits=root.take("limits", lambda item: decoders.limits(item, LIMITS), LIMITS),
             log=root.take("log", self._log, DEFAULT.log),
         )

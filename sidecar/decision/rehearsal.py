@@ -156,7 +156,7 @@ def _running(opa: Path, work: Path, sign: str) -> Iterator[int]:
         ]  # fmt: skip
         with (
             Path(work, "said").open("w+b") as said,
-            subprocess.Popen(command, cwd=work, env=_environment(), stdout=subprocess.DEVNULL, stderr=said) as process,
+            subprocess.Popen(command, cwd=work, env=_environment(), stdout=said, stderr=said) as process,
         ):
             try:
                 if _ready(process, port, sign):

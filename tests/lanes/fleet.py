@@ -8,6 +8,7 @@ clients cost as well. At each size:
 
 - memory of the server before and after they came, and what connecting costs;
 - processor time of server and OPA while everybody waits, and while everybody reports every 10 seconds;
+- what becomes of all of them when the server is killed (at the last size only);
 - from the order (start) until half of them, and the last of them, have the new archive; and until the last report of it is in.
 
 Writes build/fleet.json, and the curve as build/fleet.svg.
@@ -19,6 +20,7 @@ import argparse
 import json
 import os
 import random
+import signal
 import statistics
 import sys
 import tempfile
@@ -71,6 +73,10 @@ class Point:
     """Until the last report of the new serial was taken."""
     reporting_share: float = 0.0
     reporting_opa_share: float = 0.0
+    order_answered: float = 0.0
+    """Somebody who asks for the state of the rollout while all are being told."""
+    back_seconds: float | None = None
+    """After a kill of the server and its new start: until the last one has what was started then."""
     large_last_seconds: float | None = None
     large_cpu: float | None = None
 
@@ -103,6 +109,8 @@ class Lane:
         self.say = say
         self.serial = 0
         self.clients = 0
+        self.answered = 0.0
+        """Seconds for an answer while all were being told, last time."""
         assert server.process is not None
         self.pid = server.process.pid
         [self.opa] = stage.opa_of(self.pid)
@@ -180,14 +188,34 @@ class Lane:
         self.crowd.report(False)
         return point
 
+    def kill(self, point: Point) -> None:
+        """End the server without a word, and start it again: everybody comes back at once, for something new."""
+        failed = self.crowd.seen(0).failures.total()
+        self.published(ARCHIVE)
+        self.server.end(signal.SIGKILL)
+        since = time.monotonic()
+        self.server.start()
+        assert self.server.process is not None
+        self.pid = self.server.process.pid
+        self.order("start", serial=self.serial, rings=ALL, gates=LAX)
+        ready = time.monotonic() - since
+        seen = self.until(lambda seen: len(seen.had) >= self.clients, "came back")
+        point.back_seconds = max(seen.had) - since
+        again = seen.failures.total() - failed
+        self.say(
+            f"  killed: the server is back after {ready:.1f} s, the last client {point.back_seconds:.1f} s after the kill; "
+            f"{again / self.clients:.1f} attempts each that failed; server {rss(self.pid) / MIB:.0f} MiB"
+        )
+
     def _roll_out(self, point: Point) -> None:
         taken, server_cpu, clients_cpu = self._given(ARCHIVE)
         point.half_seconds, point.last_seconds = statistics.median(taken), max(taken)
         point.rollout_cpu, point.rollout_opa_cpu = server_cpu
-        point.rollout_clients_cpu = clients_cpu
+        point.rollout_clients_cpu, point.order_answered = clients_cpu, self.answered
         self.say(
             f"  a new archive: half have it after {point.half_seconds:.2f} s, the last after {point.last_seconds:.2f} s; "
-            f"CPU {point.rollout_cpu:.2f} s, OPA {point.rollout_opa_cpu:.2f} s, clients {clients_cpu:.2f} s"
+            f"CPU {point.rollout_cpu:.2f} s, OPA {point.rollout_opa_cpu:.2f} s, clients {clients_cpu:.2f} s; "
+            f"whoever asks meanwhile waits {self.answered:.2f} s"
         )
 
     def _roll_out_large(self, point: Point) -> None:
@@ -213,6 +241,9 @@ class Lane:
         serial = self.published(size)
         before, clients_before, since = self.cpu(), self.crowd.cpu(), time.monotonic()
         self.order("start", serial=serial, rings=ALL, gates=LAX)
+        asked_at = time.monotonic()
+        self.server.ask("GET", "/v1/rollouts/sidecar", timeout=PATIENCE)
+        self.answered = time.monotonic() - asked_at
         seen = self.until(lambda seen: len(seen.had) >= self.clients, "has it")
         after, clients_after = self.cpu(), self.crowd.cpu()
         self.order("promote", gates=LAX)
@@ -252,6 +283,7 @@ def perform(directory: Path, opa: Path, sizes: Sequence[int], *, say: Callable[[
                 outcome.points.append(lane.measure(size))
             if failures := crowd.seen(0).failures:
                 outcome.complaints.append(f"clients had failures: {dict(failures)}")
+            lane.kill(outcome.points[-1])
     except AssertionError as error:
         outcome.complaints.append(str(error))
     finally:

@@ -54,6 +54,8 @@ class _Member:
     id: str
     client: Client
     etag: str = ""
+    backoff: float = 0.0
+    """Seconds after a failure, each time twice as long, as `bundles.sources` has it."""
     serial: int | None = None
     news: trio.Event = field(default_factory=trio.Event)
 
@@ -133,9 +135,7 @@ class _Crowd:
                 timeout=LONG_POLL_TIMEOUT + _ANSWER_TIMEOUT,
             )  # fmt: skip
         except SidecarError as fault:
-            self._failures[fault.code] += 1
-            await trio.sleep(random.uniform(0.5, 1.5))
-            return
+            return await self._failed(member, fault.code)
         if answer.status == 200:
             serial, _, digest = answer.value(b"etag").strip('"').partition("-")
             if hashlib.sha256(answer.body).hexdigest() != digest[:64]:
@@ -144,8 +144,13 @@ class _Crowd:
             self._had.setdefault(member.serial, []).append(time.monotonic())
             member.news.set()
         elif answer.status != 304:
-            self._failures[_refusal(answer)] += 1
-            await trio.sleep(random.uniform(0.5, 1.5))
+            return await self._failed(member, _refusal(answer))
+        member.backoff = 0.0
+
+    async def _failed(self, member: _Member, code: str) -> None:
+        self._failures[code] += 1
+        member.backoff = min(max(0.5, 2 * member.backoff), 30.0)
+        await trio.sleep(member.backoff * random.uniform(0.5, 1.0))
 
     async def _report(self, member: _Member) -> None:
         while True:

@@ -34,6 +34,7 @@ def test_the_least_has_its_defaults() -> None:
     }
     assert (config.max_archive_bytes, config.forget_after, config.limits) == (64 << 20, 86_400.0, LIMITS)
     assert config.health == Health()
+    assert config.timeouts.decision == 10, "the whole fleet asks at once"
     assert config.policy is not None
 
 
@@ -43,7 +44,7 @@ def test_a_whole_one_is_read() -> None:
         text + "listen: 127.0.0.1:9999\nstate_dir: /var/lib/fleet\nmax_archive_bytes: 4096\nforget_after: 60\n"
         "store: {url: 's3://bucket/a/b', endpoint: 'http://localhost:9000', allow_http: true}\n"
         "database: {url: 'postgresql://fleet@db.internal:5432/fleet?sslmode=verify-full', password: secret}\n"
-        "health: null\nlimits: {max_streams: 7}\n",
+        "health: null\nlimits: {max_streams: 7}\ntimeouts: {drain: 3}\n",
         BASE,
     )
     assert config.store == StoreAt(where="s3://bucket/a/b", endpoint="http://localhost:9000", allow_http=True)
@@ -52,6 +53,7 @@ def test_a_whole_one_is_read() -> None:
     )
     assert config.bundles["sidecar"].scope == "prod"
     assert (config.state_dir, config.health) == (Path("/var/lib/fleet"), None)
+    assert (config.timeouts.drain, config.timeouts.decision) == (3, 10)
     assert (config.limits.max_streams, config.limits.max_connections) == (7, LIMITS.max_connections)
 
 
