@@ -101,7 +101,9 @@ class Outcome:
 
 
 class Lane:
-    def __init__(self, server: BundleServer, site: Site, crowd: Crowd, outcome: Outcome, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, server: BundleServer, site: Site, crowd: Crowd, outcome: Outcome, say: Callable[[str], None]
+    ) -> None:
         self.server = server
         self.site = site
         self.crowd = crowd
@@ -124,7 +126,10 @@ class Lane:
         rego = b"package sidecar.inbound\n\n# " + noise + b"\n"
         path = self.site.bundle(self.serial, rego=rego)
         answer = self.server.ask(
-            "PUT", f"/v1/bundles/sidecar/versions/{self.serial}", body=path.read_bytes(), content_type="application/gzip"
+            "PUT",
+            f"/v1/bundles/sidecar/versions/{self.serial}",
+            body=path.read_bytes(),
+            content_type="application/gzip",
         )
         assert answer.status == 201, answer
         return self.serial

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Self
 
 import trio
 
@@ -146,6 +146,7 @@ class _Crowd:
         elif answer.status != 304:
             return await self._failed(member, _refusal(answer))
         member.backoff = 0.0
+        return None
 
     async def _failed(self, member: _Member, code: str) -> None:
         self._failures[code] += 1
@@ -208,7 +209,7 @@ class Crowd:
             self._processes.append(process)
         self._next = 0
 
-    def __enter__(self) -> Crowd:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
