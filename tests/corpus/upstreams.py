@@ -86,7 +86,8 @@ class Upstream:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)  # a close would leave the thread in accept(2)
+        with suppress(OSError):  # it may have been closed before
+            self._listener.shutdown(socket.SHUT_RDWR)  # a close would leave the thread in accept(2)
         self._listener.close()
 
     def told(self, mark: bytes) -> None:

@@ -49,7 +49,8 @@ class Upstream:
 
     def close(self) -> None:
         """A thread that waits in accept(2) is not woken by a close: it would stay there, and its descriptor be another's."""
-        self._listener.shutdown(socket.SHUT_RDWR)
+        with suppress(OSError):  # it may have been closed before
+            self._listener.shutdown(socket.SHUT_RDWR)
         self._accepting.join(PATIENCE)
         self._listener.close()
 
