@@ -20,9 +20,7 @@ def test_the_guide_does_what_it_says(opa: Path, tmp_path: Path) -> None:
 
 
 def test_steps_are_files_and_commands_with_what_they_say() -> None:
-    guide = (
-        "# T\n\n```yaml\n# a/b.yaml\nx: 1\n```\n\n```console\n$ one \\\n    two\nsays …\n\n$ three\n```\n\n```json\n{}\n```\n"
-    )
+    guide = "# T\n\n```yaml\n# a/b.yaml\nx: 1\n```\n\n```console\n$ one \\\n    two\nsays …\n\n$ three\n```\n\n```json\n{}\n```\n"
     assert list(steps(guide)) == [
         File(name="a/b.yaml", content="# a/b.yaml\nx: 1\n"),
         Command(text="one \\\n    two", said=["says …"], line=9),
