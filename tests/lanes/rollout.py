@@ -23,6 +23,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from examples.demo import kit
+from sidecar.bundles import signature
 from sidecar.decision import install
 from support import old_news, small_fleet
 from support.bundle_server import SERVER
@@ -187,6 +188,21 @@ def not_published(walk: Walk) -> str:
     return ", ".join(codes)
 
 
+def unfit(walk: Walk) -> str:
+    """A candidate that OPA does not take, asked beside: nobody is handed it"""
+    key = signature.private_key(walk.fleet.releases.key, key_id="release-1")
+    path = walk.fleet.site.bundle(
+        6, signer=key, returns=[5], rego=b"package sidecar.inbound\n\ndecision := nobody(1)\n"
+    )
+    assert walk.publish(path, 6)[0] == 201
+    walk.order("start", "made by hand", serial=6, rings=RINGS, shadow_first=True)
+    walk.until(lambda: walk.rollout()["state"] == "halted", lambda: f"it was not halted: {walk.rollout()}")
+    entry = walk.audit()[-1]
+    assert (entry["who"], "could not activate serial 6" in entry["why"]) == ("gates", True), entry
+    walk.expect(one="r5", two="r5", three="r5")
+    return f"halted: {entry['why'].partition(': ')[2][:100]}…"
+
+
 def downgraded(walk: Walk) -> str:
     """Old, reused, cut, unsigned and strange archives in the file that a sidecar reads: each refused, the old one stays"""
     side, releases, source = walk["three"], walk.fleet.releases, walk["three"].directory / "bundle.tar.gz"
@@ -252,10 +268,10 @@ def below_the_floor(walk: Walk) -> str:
 
 def killed(walk: Walk) -> str:
     """Kill the server in the middle of a rollout: sidecars go on, and nothing of it is lost"""
-    walk.bundles["r6"] = walk.fleet.releases.build(6, ("/budget/**", "/reports/**"), returns=[5])
-    with walk.measured("r6", [walk["one"]]):
-        assert walk.publish(walk.bundles["r6"], 6)[0] == 201
-        walk.order("start", "no plans", serial=6, rings=RINGS)
+    walk.bundles["r7"] = walk.fleet.releases.build(7, ("/budget/**", "/reports/**"), returns=[5])
+    with walk.measured("r7", [walk["one"]]):
+        assert walk.publish(walk.bundles["r7"], 7)[0] == 201
+        walk.order("start", "no plans", serial=7, rings=RINGS)
     before, audit = walk.rollout(), walk.audit()
     walk.fleet.server.end(signal.SIGKILL)
     answered = walk.fleet.answered
@@ -266,8 +282,8 @@ def killed(walk: Walk) -> str:
     assert walk.audit() == audit
     walk.promotable()
     walk.order("promote", "goes on")
-    walk.until(lambda: all(side.runs() == "r6" for side in walk.sides), lambda: "r6 does not arrive")
-    walk.expect(one="r6", two="r6", three="r6")
+    walk.until(lambda: all(side.runs() == "r7" for side in walk.sides), lambda: "r7 does not arrive")
+    walk.expect(one="r7", two="r7", three="r7")
     return f"{walk.fleet.answered - answered} requests without it; afterwards the rollout goes on, with its {len(audit)} audit entries"
 
 
@@ -287,7 +303,7 @@ def ended(walk: Walk) -> str:
 
 
 STEPS = (
-    signed, served, first, canary, promoted, stopped, fixed, rolled_back, no_way_back, not_published, downgraded,
+    signed, served, first, canary, promoted, stopped, fixed, rolled_back, no_way_back, not_published, unfit, downgraded,
     replayed, below_the_floor, killed, ended,
 )  # fmt: skip
 MAIN_PATH = (signed, served, first, canary, promoted, stopped, fixed, rolled_back, ended)
