@@ -201,8 +201,8 @@ async def test_a_killed_one_is_replaced(house: House) -> None:
 
 
 async def test_a_hung_one_is_killed_and_replaced_and_no_question_waits_beyond_its_deadline(house: House) -> None:
-    timing = replace(QUICK, liveness_timeout=0.3, max_missed=2)
-    async with house.running(timing=timing, decision_timeout=0.5) as engine:
+    timing = replace(QUICK, liveness_timeout=1.0, max_missed=2)
+    async with house.running(timing=timing, decision_timeout=2.0) as engine:
         await engine.decide(asking("/allow"))
         first = pid_of(house)
         os.kill(first, signal.SIGSTOP)
@@ -210,7 +210,7 @@ async def test_a_hung_one_is_killed_and_replaced_and_no_question_waits_beyond_it
         with pytest.raises(NoDecision) as caught:
             await engine.decide(asking("/allow"))
         assert caught.value.code == "decision_timeout"
-        assert trio.current_time() - started < 1.5
+        assert trio.current_time() - started < 4
         await until_allowed(engine)
         assert engine.restarts == 1
         assert not alive(first)
