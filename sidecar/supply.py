@@ -194,7 +194,8 @@ class Supply:
                     if (problem := f"{fault.code}: {fault}") != told:
                         told = problem
                         self._log("candidate.refused", "warning", code=fault.code, reason=str(fault))
-                    await trio.sleep(_CANDIDATE_RETRY)
+                    if verified is None:
+                        await trio.sleep(_CANDIDATE_RETRY)  # else there is nothing to ask for but another one
                 else:
                     release, self._unfit, told = verified.release, None, ""
                     shadow.compare_with(engine, revision=release.revision, serial=release.serial)
@@ -257,7 +258,7 @@ class Supply:
         running, found = self.relay.running, self.shadow.differences if self.shadow is not None else None
         return (
             running.digest if running else None, self.relay.error, self._unfit,
-            (found.serial, found.compared > 0, found.allow_to_deny + found.deny_to_allow > 0) if found else None,
+            (found.serial, found.compared > 0, found.allow_to_deny + found.deny_to_allow + found.undecided > 0) if found else None,
         )  # fmt: skip
 
     def report(self, server: Remote) -> dict[str, object]:

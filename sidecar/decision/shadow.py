@@ -18,6 +18,9 @@ from sidecar.errors import NoDecision
 from sidecar.model import Allow, Decided, Decision, DecisionPoint, Inquiry
 
 MAX_EXAMPLES = 20
+_OURS = frozenset({"decision_timeout", "decision_unreachable", "decision_broken_off", "policy_not_ready"})
+"""Why there may be no decision without that being the candidate's own doing."""
+_UNDECIDED = "no decision"
 WORKERS = 2
 """Questions with the candidate at once: it must not take from the one in force what the machine has."""
 
@@ -30,6 +33,7 @@ class Flip:
     was: str
     """The rule that decided, or `allow` or `deny` where it named none."""
     would: str
+    """The same of the candidate, or `no decision`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,9 +44,9 @@ class Differences:
     serial: int
     compared: int = 0
     dropped: int = 0
-    """Sampled, and not compared for want of room."""
+    """Sampled, and not compared, for want of room or of an answer in time."""
     undecided: int = 0
-    """The candidate gave no decision."""
+    """Its rules come to no decision where policy in force does: under it the request would be answered 503."""
     allow_to_deny: int = 0
     deny_to_allow: int = 0
     examples: tuple[Flip, ...] = field(default=())
@@ -90,33 +94,38 @@ class Shadow:
             candidate, about = self._candidate, self.differences
             if candidate is None or about is None:
                 continue
+            lost = False
             try:
                 would: Decision | None = await candidate.decide(inquiry)
-            except NoDecision:
-                would = None
+            except NoDecision as error:
+                would, lost = None, error.code in _OURS
             # Another candidate may have come meanwhile, whose account this answer is not.
             if (
                 self.differences is not None
                 and self.differences.serial == about.serial
                 and self._candidate is candidate
             ):
-                self.differences = _counted(self.differences, inquiry, was, would)
+                self.differences = (
+                    replace(self.differences, dropped=self.differences.dropped + 1)
+                    if lost
+                    else _counted(self.differences, inquiry, was, would)
+                )
 
 
 def _counted(so_far: Differences, inquiry: Inquiry, was: Decision, would: Decision | None) -> Differences:
-    if would is None:
-        return replace(so_far, compared=so_far.compared + 1, undecided=so_far.undecided + 1)
     allowed, would_allow = isinstance(was, Allow), isinstance(would, Allow)
-    if allowed == would_allow:
+    if would is not None and allowed == would_allow:
         return replace(so_far, compared=so_far.compared + 1)
     examples = so_far.examples
     if len(examples) < MAX_EXAMPLES:
-        flip = Flip(caller=inquiry.caller, method=inquiry.method, path=inquiry.path, was=_rule(was), would=_rule(would))
+        answer = _UNDECIDED if would is None else _rule(would)
+        flip = Flip(caller=inquiry.caller, method=inquiry.method, path=inquiry.path, was=_rule(was), would=answer)
         if flip not in examples:
             examples = (*examples, flip)
     return replace(
         so_far, compared=so_far.compared + 1, examples=examples,
-        allow_to_deny=so_far.allow_to_deny + (allowed and not would_allow),
+        undecided=so_far.undecided + (would is None),
+        allow_to_deny=so_far.allow_to_deny + (would is not None and allowed and not would_allow),
         deny_to_allow=so_far.deny_to_allow + (would_allow and not allowed),
     )  # fmt: skip
 

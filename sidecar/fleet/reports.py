@@ -60,6 +60,11 @@ class Said:
     ignored: int = 0
     """Keys that were not known."""
 
+    @property
+    def refused(self) -> int:
+        """Requests that did not pass: to whoever asked, no decision is no better than a denial."""
+        return self.denied + self.errors
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
@@ -119,7 +124,7 @@ def heard(row: Row | None, contact: Contact) -> Row:
         said = replace(said, error_serial=row.given)  # OPA does not know; what it was handed last is what failed
     before, last = (row.before_allowed, row.before_denied), row.said
     if last is not None and last.serial is not None and last.serial != said.serial:
-        before = last.allowed, last.denied
+        before = last.allowed, last.refused
     known = [one for one in (row.highest, said.serial) if one is not None]
     return replace(
         row, at=at, said=said, said_at=contact.at, highest=max(known, default=None), before_allowed=before[0],
@@ -132,9 +137,9 @@ def report(row: Row) -> Report:
     said = row.said or Said()
     return Report(
         id=row.id, at=row.at, serial=row.serial, highest=row.highest, given=row.given, labels=row.told_labels,
-        error_serial=said.error_serial, error=said.error, allowed=said.allowed, denied=said.denied,
+        error_serial=said.error_serial, error=said.error, allowed=said.allowed, denied=said.refused,
         before_allowed=row.before_allowed, before_denied=row.before_denied, shadow_serial=said.shadow_serial,
-        shadow_compared=said.compared, shadow_flips=said.allow_to_deny + said.deny_to_allow,
+        shadow_compared=said.compared, shadow_flips=said.allow_to_deny + said.deny_to_allow + said.undecided,
         activated_at=said.activated_at, first_seen_at=row.first_seen_at,
     )  # fmt: skip
 

@@ -189,18 +189,22 @@ def not_published(walk: Walk) -> str:
 
 
 def unfit(walk: Walk) -> str:
-    """A candidate that OPA does not take, asked beside: nobody is handed it"""
+    """Candidates that OPA does not take, or that come to no decision: halted while they are only asked beside"""
     key = signature.private_key(walk.fleet.releases.key, key_id="release-1")
-    path = walk.fleet.site.bundle(
-        6, signer=key, returns=[5], rego=b"package sidecar.inbound\n\ndecision := nobody(1)\n"
-    )
-    assert walk.publish(path, 6)[0] == 201
-    walk.order("start", "made by hand", serial=6, rings=RINGS, shadow_first=True)
-    walk.until(lambda: walk.rollout()["state"] == "halted", lambda: f"it was not halted: {walk.rollout()}")
-    entry = walk.audit()[-1]
-    assert (entry["who"], "could not activate serial 6" in entry["why"]) == ("gates", True), entry
+    reasons = []
+    for serial, rule, why in (
+        (6, b"decision := nobody(1)", "could not activate serial 6"),
+        (7, b"decided := true", "would have gone the other way under serial 7"),
+    ):
+        rego = b"package sidecar.inbound\n\n%b\n" % rule
+        assert walk.publish(walk.fleet.site.bundle(serial, signer=key, rego=rego), serial)[0] == 201
+        walk.order("start", "made by hand", serial=serial, rings=RINGS, shadow_first=True)
+        walk.until(lambda: walk.rollout()["state"] == "halted", lambda: f"it was not halted: {walk.rollout()}")
+        entry = walk.audit()[-1]
+        assert (entry["who"], why in entry["why"]) == ("gates", True), entry
+        reasons.append(entry["why"][:60])
     walk.expect(one="r5", two="r5", three="r5")
-    return f"halted: {entry['why'].partition(': ')[2][:100]}…"
+    return "; ".join(reasons)
 
 
 def downgraded(walk: Walk) -> str:
@@ -268,10 +272,10 @@ def below_the_floor(walk: Walk) -> str:
 
 def killed(walk: Walk) -> str:
     """Kill the server in the middle of a rollout: sidecars go on, and nothing of it is lost"""
-    walk.bundles["r7"] = walk.fleet.releases.build(7, ("/budget/**", "/reports/**"), returns=[5])
-    with walk.measured("r7", [walk["one"]]):
-        assert walk.publish(walk.bundles["r7"], 7)[0] == 201
-        walk.order("start", "no plans", serial=7, rings=RINGS)
+    walk.bundles["r8"] = walk.fleet.releases.build(8, ("/budget/**", "/reports/**"), returns=[5])
+    with walk.measured("r8", [walk["one"]]):
+        assert walk.publish(walk.bundles["r8"], 8)[0] == 201
+        walk.order("start", "no plans", serial=8, rings=RINGS)
     before, audit = walk.rollout(), walk.audit()
     walk.fleet.server.end(signal.SIGKILL)
     answered = walk.fleet.answered
@@ -282,8 +286,8 @@ def killed(walk: Walk) -> str:
     assert walk.audit() == audit
     walk.promotable()
     walk.order("promote", "goes on")
-    walk.until(lambda: all(side.runs() == "r7" for side in walk.sides), lambda: "r7 does not arrive")
-    walk.expect(one="r7", two="r7", three="r7")
+    walk.until(lambda: all(side.runs() == "r8" for side in walk.sides), lambda: "r8 does not arrive")
+    walk.expect(one="r8", two="r8", three="r8")
     return f"{walk.fleet.answered - answered} requests without it; afterwards the rollout goes on, with its {len(audit)} audit entries"
 
 

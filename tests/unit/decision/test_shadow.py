@@ -16,7 +16,7 @@ DENY = Deny(decision_id="2", revision="old")
 
 
 class Candidate:
-    """Denies what begins with /no, has no answer to /hm, and can be made to wait."""
+    """Denies what begins with /no, has no answer to /hm, none in time to /slow, and can be made to wait."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -27,7 +27,9 @@ class Candidate:
         if self.held is not None:
             await self.held.wait()
         if inquiry.path.startswith("/hm"):
-            raise NoDecision("none")
+            raise NoDecision("none", code="decision_undefined")
+        if inquiry.path.startswith("/slow"):
+            raise NoDecision("late", code="decision_timeout")
         if inquiry.path.startswith("/no"):
             return Deny(decision_id="3", revision="new", rule="closed")
         return Allow(decision_id="4", revision="new")
@@ -48,15 +50,23 @@ async def test_what_would_go_the_other_way_is_counted_and_shown(autojump_clock: 
     shadow.compare_with(candidate, revision="r2", serial=2)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(shadow.run)
-        for one in (record("/yes"), record("/no/1"), record("/yes/2", DENY), record("/hm"), record("/no/3", DENY)):
+        for one in (
+            record("/slow"),
+            record("/yes"),
+            record("/no/1"),
+            record("/yes/2", DENY),
+            record("/hm"),
+            record("/no/3", DENY),
+        ):
             shadow.decided(one)
         shadow.decided(record("/never", None))  # no decision was had: there is nothing to compare with
         found = await compared(shadow, 5)
         nursery.cancel_scope.cancel()
-    assert (found.allow_to_deny, found.deny_to_allow, found.undecided, found.dropped) == (1, 1, 1, 0)
+    assert (found.allow_to_deny, found.deny_to_allow, found.undecided, found.dropped) == (1, 1, 1, 1)
     assert set(found.examples) == {
         Flip(caller=asking("/x").caller, method="GET", path="/no/1", was="may", would="closed"),
         Flip(caller=asking("/x").caller, method="GET", path="/yes/2", was="deny", would="allow"),
+        Flip(caller=asking("/x").caller, method="GET", path="/hm", was="may", would="no decision"),
     }
     assert "/never" not in candidate.asked
 

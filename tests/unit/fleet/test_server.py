@@ -503,6 +503,14 @@ FAILED = {"serial": 1, "labels": CANARY, "error": {"code": "opa_failed", "messag
             {"serial": 1, "shadow": {"serial": 2, "compared": 900, "allow_to_deny": 3, "deny_to_allow": 1}},
             "4 decisions would have gone the other way under serial 2",
         ),
+        (
+            {"serial": 2, "labels": CANARY, "counters": {"allowed": 50, "denied": 0, "errors": 50}},
+            "spiffe://example.org/a denies 40% more of its requests than before",
+        ),
+        (
+            {"serial": 1, "shadow": {"serial": 2, "compared": 9, "undecided": 2}},
+            "2 decisions would have gone the other way under serial 2",
+        ),
     ],
 )
 async def test_a_report_that_breaks_a_gate_halts_the_rollout(asker: Asker, said: dict[str, Any], reason: str) -> None:
