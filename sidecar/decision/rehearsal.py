@@ -166,7 +166,7 @@ def _running(opa: Path, work: Path, sign: str) -> Iterator[int]:
                 process.kill()
             process.wait()
             said.seek(0)
-            words = " ".join(said.read(1 << 16).decode("utf-8", "replace").split())[:2000]
+            words = " ".join(said.read(1 << 16).decode("utf-8", "replace").replace("policy/", "").split())[:2000]
         if "address already in use" not in words or attempt == _ATTEMPTS - 1:
             raise OperatorFault(f"OPA does not take the policy: {words}", code="policy_invalid")
 
