@@ -77,7 +77,7 @@ def row(opa: Path, work: Path, rbac: Mapping[str, Any]) -> Sequence[str]:
     return f"{as_data:,.0f} µs", f"{as_rules:,.0f} µs", f"{took:.1f} s", f"{size / 1024:,.0f} KiB"
 
 
-QUESTION = {
+QUESTION: Mapping[str, Any] = {
     "direction": "inbound", "caller": CALLER, "caller_reason": None, "method": "PUT", "path": "/r0/7/x",
     "segments": ["r0", "7", "x"], "query": {}, "headers": {}, "mtls_mode": "strict", "tls": True,
     "host": "backend.internal", "port": 8443, "protocol": "HTTP/2", "target": None, "claims": None, "credential": None,
@@ -93,7 +93,17 @@ def laid_out(directory: Path, files: Mapping[str, bytes]) -> Path:
 
 def cost(opa: Path, policy: Path, question: Path) -> float:
     """Microseconds of evaluation, the least of all samples of all runs."""
-    command = [opa, "bench", "--format", "json", "--data", policy, "--input", question, "data.sidecar.inbound.decision"]
+    command: list[str | Path] = [
+        opa,
+        "bench",
+        "--format",
+        "json",
+        "--data",
+        policy,
+        "--input",
+        question,
+        "data.sidecar.inbound.decision",
+    ]
     least = float("inf")
     for _ in range(RUNS):
         done = subprocess.run(

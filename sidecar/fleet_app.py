@@ -20,7 +20,7 @@ from pathlib import Path
 
 import trio
 
-from sidecar import parts
+from sidecar import apart, parts
 from sidecar.bundles import keys
 from sidecar.bundles.archive import Bounds
 from sidecar.config import Config, OpaExternal, PolicyKey
@@ -232,7 +232,7 @@ class FleetApp:
                 self.config.opa.socket, network, peer_uid=self.config.opa.peer_uid, log=self._event,
                 decision_timeout=self.config.timeouts.decision,
             )  # fmt: skip
-        return Supply(self._shared, network=network, client=self._client, log=self._event)
+        return Supply(self._shared, network=network, client=self._client, log=self._event, do=apart.in_thread)
 
     def _event(self, name: str, level: Level = "info", /, **fields: object) -> None:
         """Tell, and count, something that happened to us."""
@@ -257,6 +257,7 @@ class FleetApp:
             opa_restarts=self._decisions.restarts,
             listeners=self._listening,
             draining=self._draining,
+            cache=self._decisions.cache_use,
         )
 
 

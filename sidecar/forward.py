@@ -33,11 +33,14 @@ from sidecar.model import (
     Reply,
     Response,
     ResponseHead,
+    maker,
 )
 from sidecar.wire import headers
 from sidecar.wire.client import Client
 from sidecar.wire.passing import Sifted, Upload, cut, tunnel
 from sidecar.wire.upstream import UpstreamStream
+
+_response, _response_head = maker(Response), maker(ResponseHead)
 
 _MAX_INTERIM = 100
 """Interim answers to one request. Each is a sign of life, and a final one must come."""
@@ -248,11 +251,7 @@ class Forward:
         self._notes.status = head.status
         if upload is not None:
             upload.forget()
-        fields = headers.response(
-            head.fields, self._permit.allow.response_headers, via=self._via,
-            upstream_decides=self._attempt.upstream_decides,
-        )  # fmt: skip
-        answer = ResponseHead(status=head.status, fields=fields)
+        answer = self._passed(head)
         if head.status == 101:
             await tunnel(await self._reply.tunnel(answer), stream.tunnel(), self._moved)
             return
@@ -262,4 +261,18 @@ class Forward:
         if head.status in _OF_GATEWAYS:
             stream.failed()
         body = Sifted(stream.body, "upstream_broke_off", self._moved)
-        await self._reply.send(Response(head=answer, body=body))
+        await self._reply.send(_response(head=answer, body=body))
+
+    def _passed(self, head: ResponseHead) -> ResponseHead:
+        """The head of the final answer as it goes back. Where nothing of policy's is in it, it is the same for the same head."""
+        add, decides = self._permit.allow.response_headers, self._attempt.upstream_decides
+        kept = head.kept if not add else None
+        if kept is not None:
+            known: tuple[bool, ResponseHead] | None = kept.get(self._via)
+            if known is not None and known[0] is decides:
+                return known[1]
+        fields = headers.response(head.fields, add, via=self._via, upstream_decides=decides)
+        answer = _response_head(status=head.status, fields=fields, kept={} if kept is not None else None)
+        if kept is not None:
+            kept[self._via] = decides, answer
+        return answer

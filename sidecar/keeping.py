@@ -32,9 +32,16 @@ class Keeping:
             Upload(_post(kept.service, client), kept.max_buffer_bytes, log) if kept.service is not None else None
         )
         path = words(config.policy.decision if config.policy and config.policy.input == "envoy" else None).path
-        takers = [taker for taker in (self._file, self._upload) if taker is not None]
-        labels = {**config.labels, "id": os.urandom(8).hex()}
-        self.decided: Callable[[Decided], None] = DecisionLog(takers, path=path, labels=labels, mask=kept.mask).decided
+        self._takers = takers = [taker for taker in (self._file, self._upload) if taker is not None]
+        self.labels = {**config.labels, "id": os.urandom(8).hex()}
+        self.decided: Callable[[Decided], None] = DecisionLog(
+            takers, path=path, labels=self.labels, mask=kept.mask
+        ).decided
+
+    def take(self, line: bytes) -> None:
+        """Keep an event that was made elsewhere, with these labels."""
+        for taker in self._takers:
+            taker.write(line)
 
     @property
     def dropped(self) -> int:

@@ -6,9 +6,12 @@ anything.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from sidecar.attempt import Seen
 from sidecar.bundles.terms import Terms
-from sidecar.config import Config, Remote
+from sidecar.config import Config, Policy, Rate, Remote
+from sidecar.decision import cache
 from sidecar.errors import OperatorFault
 from sidecar.exchange import Bounds
 from sidecar.model import Mode
@@ -51,6 +54,42 @@ def client_settings(config: Config) -> ClientSettings:
     )  # fmt: skip
 
 
+def share(config: Config) -> Config:
+    """What one of `workers` is told: its part of every bound on the whole sidecar, rounded up. The others are of one connection,
+    one request or one upstream address, and stay (`docs/workers.md`).
+    """
+    of = config.workers
+    if of == 1:
+        return config
+    limits, policy = config.limits, config.policy
+    if policy is not None and policy.cache is not None:
+        cache = replace(
+            policy.cache, max_entries=_part(policy.cache.max_entries, of), max_bytes=_part(policy.cache.max_bytes, of)
+        )
+        policy = replace(policy, cache=cache)
+    outbound = config.outbound
+    if outbound is not None:
+        outbound = replace(outbound, routes=tuple(replace(one, rate=_rate(one.rate, of)) for one in outbound.routes))
+    return replace(
+        config, policy=policy, outbound=outbound,
+        inbound=tuple(replace(one, rate=_rate(one.rate, of)) for one in config.inbound),
+        limits=replace(
+            limits, max_connections=_part(limits.max_connections, of),
+            max_connections_per_peer=_part(limits.max_connections_per_peer, of),
+            max_exchanges=_part(limits.max_exchanges, of), max_exchanges_per_peer=_part(limits.max_exchanges_per_peer, of),
+            max_upstream_connections=_part(limits.max_upstream_connections, of),
+        ),
+    )  # fmt: skip
+
+
+def _part(whole: int, of: int) -> int:
+    return -(-whole // of)
+
+
+def _rate(rate: Rate | None, of: int) -> Rate | None:
+    return None if rate is None else Rate(per_second=rate.per_second / of, burst=_part(rate.burst, of))
+
+
 def bounds(config: Config) -> Bounds:
     return Bounds(
         idle_timeout=config.timeouts.idle, body_timeout=config.timeouts.body, max_exchanges=config.limits.max_exchanges,
@@ -78,6 +117,11 @@ def terms(config: Config) -> Terms:
         keys=keys, scope=config.policy.scope, minimum_serial=config.policy.minimum_serial,
         max_policy_age=config.policy.max_policy_age,
     )  # fmt: skip
+
+
+def cache_bounds(policy: Policy) -> cache.Bounds | None:
+    kept = policy.cache
+    return cache.Bounds(max_entries=kept.max_entries, max_bytes=kept.max_bytes) if kept is not None else None
 
 
 def about_policy(fault: OperatorFault, config: Config) -> OperatorFault:

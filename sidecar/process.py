@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 import sys
@@ -13,10 +12,12 @@ from typing import Protocol
 
 import trio
 
-from sidecar.app import App, Load
+from sidecar import apart
+from sidecar.app import App, Load, MakeCrew
 from sidecar.config import Log as LogSettings
 from sidecar.config.fleet import FleetConfig
 from sidecar.log import LineSink, Log
+from sidecar.surroundings import hear_libraries, settle
 from sidecar.wire import activation, listening
 from sidecar.wire.handover import Handover
 from sidecar.wire.network import TcpNetwork
@@ -35,10 +36,17 @@ def run(load: Load) -> int:
         app = App(
             config, load=load, network=TcpNetwork(), log=around.log, access=around.access, lost=around.lost,
             activated=activation.activated(os.environ), max_descriptor=listening.max_descriptor(),
-            succession=lambda tell: Handover(config.state_dir / _HANDOVER, log=tell),
+            succession=lambda tell: Handover(config.state_dir / _HANDOVER, log=tell), do=apart.in_child,
+            crew=_crew() if config.workers > 1 else None,
         )  # fmt: skip
         trio.run(_serve, app)
     return 0
+
+
+def _crew() -> MakeCrew:
+    from sidecar.supervisor import Crew  # noqa: PLC0415  one process alone has no use for it in memory
+
+    return Crew
 
 
 def run_fleet(config: FleetConfig) -> int:
@@ -60,7 +68,7 @@ class Served(Protocol):
 
 async def _serve(app: Served) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
-        await app.serve(signals, started=_settle)
+        await app.serve(signals, started=settle)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,8 +85,7 @@ def _surroundings(settings: LogSettings) -> Iterator[_Around]:
     errors = LineSink(sys.stderr.fileno())
     access = _access_sink(settings)
     log = Log(errors, level=settings.level)
-    # ssl decodes a server name before it asks us, and tells of what it cannot decode on standard error, in no JSON.
-    sys.unraisablehook = lambda told: log.warning("defect.ignored", detail=type(told.exc_value).__name__)
+    hear_libraries(log)
     listening.raise_descriptor_limit()
     try:
         yield _Around(
@@ -89,15 +96,6 @@ def _surroundings(settings: LogSettings) -> Iterator[_Around]:
         errors.flush()
         if access is not None:
             access.close()
-
-
-def _settle() -> None:
-    """Take what lives as long as we do out of the collector's sight, and have it look less often: a request makes some
-    hundred containers and no cycles, so that most looks find nothing.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
 
 
 def _access_sink(settings: LogSettings) -> LineSink | None:

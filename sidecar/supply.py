@@ -1,6 +1,6 @@
 """Policy on its way into one sidecar: from where bundles come to the OPA that decides, and what is told back.
 
-    source ──▶ relay (verify, accept, remember) ──▶ engine (an OPA for each bundle) ──▶ decisions
+    source ──▶ relay (verify, accept, remember) ──▶ engine (an OPA for each bundle) ──▶ remembered ──▶ decisions
                                                         shadow ◀── candidate
     reports ◀── what runs, what failed, what was decided, what a candidate would change
 
@@ -15,25 +15,28 @@ import json
 import os
 import random
 from collections.abc import Awaitable, Callable, Sequence
-from importlib import metadata
+from dataclasses import replace
 from pathlib import Path
 
 import trio
 
-from sidecar import parts, servers
+from sidecar import VERSION, apart, parts, servers
+from sidecar.apart import Apart
 from sidecar.bundles.freshness import FreshOnly
 from sidecar.bundles.memory import Memory
 from sidecar.bundles.relay import Refusal, Relay
 from sidecar.bundles.sources import MEDIA_TYPE, Answer, Files, Server, Source
-from sidecar.bundles.terms import Verified, key_of_this_process, taken
+from sidecar.bundles.terms import Verified, seed_of_this_process, taken
 from sidecar.config import Config, Policy, Remote
 from sidecar.decision import install, private
-from sidecar.decision.engine import Engine
+from sidecar.decision.engine import Borrowers, Engine
 from sidecar.decision.envoy import words
+from sidecar.decision.inquiry import OURS
+from sidecar.decision.remembered import Remembered
 from sidecar.decision.shadow import Shadow
 from sidecar.errors import OperatorFault, SidecarError
 from sidecar.log import timestamp
-from sidecar.model import Allow, Decided, Decision, Inquiry
+from sidecar.model import Allow, CacheUse, Decided, Decision, Inquiry, Lending
 from sidecar.wire.client import Client
 from sidecar.wire.network import Network
 
@@ -50,7 +53,9 @@ _HELD_AFTER = 1.0
 class Supply:
     """`model.DecisionPoint`. `run` has to be running; it raises `OperatorFault` where there is nothing to begin with."""
 
-    def __init__(self, config: Config, *, network: Network, client: Client, log: Callable[..., None]) -> None:
+    def __init__(
+        self, config: Config, *, network: Network, client: Client, log: Callable[..., None], do: Apart = apart.here
+    ) -> None:
         assert config.policy is not None  # noqa: S101  (the configuration has one wherever OPA is a child of ours)
         binary = install.find()
         if binary is None:
@@ -62,8 +67,13 @@ class Supply:
         self._log = log
         self._binary = binary
         self._engine = self._made_engine(log)
-        self.relay = Relay(parts.terms(config), Memory(config.state_dir / "policy"), self._engine.activate, log)
-        self._point = FreshOnly(self._engine, lambda: self.relay.stale)
+        self._do = do
+        self.relay = Relay(parts.terms(config), Memory(config.state_dir / "policy"), self._engine.activate, log, do=do)
+        self._remembered = Remembered(
+            self._engine, path=OURS.path if config.policy.input == "sidecar" else None,
+            bounds=parts.cache_bounds(config.policy),
+        )  # fmt: skip
+        self._point = FreshOnly(self._remembered, lambda: self.relay.stale)
         shadow = config.policy.shadow
         self.shadow = Shadow(sample=shadow.sample, max_queue=shadow.max_queue) if shadow is not None else None
         self._unfit: Refusal | None = None
@@ -75,6 +85,11 @@ class Supply:
 
     async def decide(self, inquiry: Inquiry) -> Decision:
         return await self._point.decide(inquiry)
+
+    def counted(self, revision: str | None, *, allowed: int, denied: int, errors: int) -> None:
+        """Told of decisions that others took, together."""
+        if revision == self._engine.bundle_revision:
+            self._counts.add(revision, allowed, denied, errors)
 
     def decided(self, record: Decided) -> None:
         """Told of each decision that was asked for."""
@@ -91,6 +106,7 @@ class Supply:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 await nursery.start(self._engine.run)
+                await nursery.start(self._remembered.run)
                 try:
                     await self._begin(nursery)
                 except OperatorFault as error:
@@ -145,6 +161,7 @@ class Supply:
             await self.relay.change(before)
             raise
         self._config, self._policy = new, new.policy
+        self._remembered.resize(parts.cache_bounds(new.policy))
         self._following.cancel()
         self._nursery.start_soon(self._follow, self.relay.follow, source)
 
@@ -166,7 +183,7 @@ class Supply:
 
     async def _follow_candidate(self, shadow: Shadow) -> None:
         """Compare with whatever is named as the candidate. It is verified like any bundle, and accepted by nobody."""
-        named, ours = self._policy.shadow, key_of_this_process()
+        named, ours = self._policy.shadow, seed_of_this_process()
         engine = self._made_engine(lambda *_, **__: None)
         async with trio.open_nursery() as nursery:
             await nursery.start(engine.run)
@@ -183,7 +200,7 @@ class Supply:
                         shadow.stop()
                         self._unfit = None
                         continue
-                    verified = await trio.to_thread.run_sync(taken, self.relay.terms, ours, archive)
+                    verified = await taken(self._do, self.relay.terms, ours, archive)
                     await engine.activate(verified.handed)
                 except SidecarError as fault:
                     if verified is not None:
@@ -286,10 +303,19 @@ class Supply:
                 ],
             },
             "labels": dict(self._config.labels),
-            "version": _version(),
+            "version": VERSION,
         }  # fmt: skip
 
     # ── what is known of it ───────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def lending(self) -> Lending | None:
+        """What decides now, for others to ask."""
+        lending = self._engine.lending
+        return None if lending is None else replace(lending, stale_at=self.relay.stale_at)
+
+    def lend_to(self, borrowers: Borrowers) -> None:
+        self._engine.borrowers = borrowers
 
     @property
     def state(self) -> str:
@@ -299,6 +325,10 @@ class Supply:
     @property
     def restarts(self) -> int:
         return self._engine.restarts
+
+    @property
+    def cache_use(self) -> CacheUse:
+        return self._remembered.use
 
     @property
     def bundle_revision(self) -> str | None:
@@ -326,7 +356,8 @@ class Supply:
         return Engine(
             self._network, binary=self._binary, log=log, words=words(self._policy.decision if self._policy.input == "envoy" else None),
             runtime_dir=private.place(self._config.state_dir, os.environ.get("XDG_RUNTIME_DIR")),
-            decision_timeout=self._config.timeouts.decision,
+            decision_timeout=self._config.timeouts.decision, workers=self._config.workers,
+            max_together=self._policy.max_together,
         )  # fmt: skip
 
 
@@ -339,8 +370,7 @@ class _Counts:
 
     def count(self, record: Decided, revision: str | None) -> None:
         if revision != self._revision:
-            self._revision = revision
-            self.allowed = self.denied = self.errors = 0
+            self._begin(revision)
         if record.decision is None:
             self.errors += 1
         elif isinstance(record.decision, Allow):
@@ -348,9 +378,13 @@ class _Counts:
         else:
             self.denied += 1
 
+    def add(self, revision: str | None, allowed: int, denied: int, errors: int) -> None:
+        if revision != self._revision:
+            self._begin(revision)
+        self.allowed += allowed
+        self.denied += denied
+        self.errors += errors
 
-def _version() -> str:
-    try:
-        return metadata.version("policy-sidecar")
-    except metadata.PackageNotFoundError:
-        return "unknown"
+    def _begin(self, revision: str | None) -> None:
+        self._revision = revision
+        self.allowed = self.denied = self.errors = 0

@@ -30,6 +30,7 @@ from sidecar.bundles.release import Purity
 __all__ = ["NotBuilt", "Sources", "Stamp", "build", "files", "key_pair", "library", "time_text", "written"]
 
 TEAM = "team"
+BATCH = "sidecar/batch/batch.rego"
 _TEAM_NAME = re.compile(r"[a-z][a-z0-9_]{0,62}")
 _OPA_TIMEOUT = 120.0
 
@@ -62,6 +63,7 @@ def build(opa: Path, sources: Sources, stamp: Stamp) -> Bundle:
     if stamp.may_return_to and stamp.return_until is None:
         raise NotBuilt("may_return_to needs return_until: a permission to go back has an end")
     parts, roots = _rules(sources)
+    batch = _with_batch(parts, roots)
     parts[DATA] = _data(sources)
     manifest: dict[str, object] = {"revision": stamp.revision, "roots": roots, "rego_version": 1}
     with tempfile.TemporaryDirectory(prefix="bundle-") as work:
@@ -71,7 +73,7 @@ def build(opa: Path, sources: Sources, stamp: Stamp) -> Bundle:
         for team in sources.overlays:
             _keeps_to_its_root(opa, stage, team, [name for name in parts if name.startswith(f"{TEAM}/{team}/")])
         _lint(opa, stage)
-        metadata = _metadata(stamp, purity.proofs(opa, stage))
+        metadata = _metadata(stamp, purity.proofs(opa, stage), batch=batch)
         if sources.compile_rbac:
             # What has been proven holds for the compiled form too, which reads no more; `opa deps` would take minutes.
             parts, stage = literal.compiled(parts), Path(work, "compiled")
@@ -148,6 +150,20 @@ def _rules(sources: Sources) -> tuple[dict[str, bytes], list[str]]:
     return files, roots
 
 
+def _with_batch(parts: dict[str, bytes], roots: Sequence[str]) -> bool:
+    """Add the library's rule for shared questions where there is none; return whether the bundle has it as it stands there.
+
+    It names the entrypoints alone, so that it goes with any rules. A rule that somebody changed answers what it likes.
+    """
+    if not {"", "sidecar", "sidecar/batch"}.intersection(roots):
+        return False
+    try:
+        ours = documents.read(library() / BATCH)
+    except NotBuilt:
+        return False
+    return parts.setdefault(BATCH, ours) == ours
+
+
 def _rego(directory: Path) -> Iterator[tuple[str, bytes]]:
     """Name relative to `directory` and text of each rule file; no tests, nothing hidden."""
     if not directory.is_dir():
@@ -208,13 +224,14 @@ def _data(sources: Sources) -> bytes:
 # ── what the whole says ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _metadata(stamp: Stamp, proofs: Mapping[str, Purity]) -> dict[str, object]:
+def _metadata(stamp: Stamp, proofs: Mapping[str, Purity], *, batch: bool) -> dict[str, object]:
     metadata: dict[str, object] = {"serial": stamp.serial, "created": time_text(stamp.created)}
     if stamp.may_return_to:
         metadata["may_return_to"] = sorted(set(stamp.may_return_to))
         metadata["return_until"] = time_text(stamp.return_until or 0.0)
     metadata["cache"] = {
-        name: {"pure": proof.pure, "fields": [list(path) for path in proof.fields]} for name, proof in proofs.items()
+        name: {"pure": proof.pure, "fields": [list(path) for path in proof.fields], "batch": batch and proof.batch}
+        for name, proof in proofs.items()
     }
     return metadata
 

@@ -44,13 +44,24 @@ _PURE_BUILTINS = """
     yaml.is_valid yaml.marshal yaml.unmarshal
 """
 PURE_BUILTINS = frozenset(_PURE_BUILTINS.split())
+_SAME_TOGETHER = """
+    crypto.x509.parse_and_verify_certificates crypto.x509.parse_and_verify_certificates_with_options
+    crypto.x509.parse_certificate_request crypto.x509.parse_certificates io.jwt.decode io.jwt.decode_verify
+    io.jwt.verify_eddsa io.jwt.verify_es256 io.jwt.verify_es384 io.jwt.verify_es512 io.jwt.verify_hs256
+    io.jwt.verify_hs384 io.jwt.verify_hs512 io.jwt.verify_ps256 io.jwt.verify_ps384 io.jwt.verify_ps512
+    io.jwt.verify_rs256 io.jwt.verify_rs384 io.jwt.verify_rs512 opa.runtime time.now_ns
+"""
+BATCH_BUILTINS = PURE_BUILTINS | frozenset(_SAME_TOGETHER.split())
+"""What may be called where several questions share a query: the clock too, which is that of the query. Not what waits for
+somebody else (`http.send`, the resolver), nor what OPA draws once in a query and repeats (`rand.intn`, `uuid.rfc4122`)."""
 _OPA_TIMEOUT = 120.0
 
 
 def proofs(opa: Path, directory: Path, entrypoints: Iterable[str] = ENTRYPOINTS) -> Mapping[str, Purity]:
     """Prove what can be proven of the rules in `directory`, a bundle unpacked. Blocks.
 
-    An entrypoint that is not there is not listed. Raises `OperatorFault` (`policy_invalid`) where OPA cannot read the rules.
+    An entrypoint that is not there is not listed. `batch` says only what the builtins allow, whether or not the rule for
+    it is there. Raises `OperatorFault` (`policy_invalid`) where OPA cannot read the rules.
     """
     rules = _rules(opa, directory)
     builtins = _builtins(opa)
@@ -70,7 +81,8 @@ def proofs(opa: Path, directory: Path, entrypoints: Iterable[str] = ENTRYPOINTS)
         reached |= {_path(terms) for terms in base if terms and terms[0].get("value") == "data"}
         called = {name for rule in rules if any(_overlap(rule, one) for one in reached) for name in rules[rule]}
         pure = known and called & builtins <= PURE_BUILTINS
-        found[entrypoint] = Purity(pure=pure, fields=fields if pure else ())
+        batch = known and called & builtins <= BATCH_BUILTINS
+        found[entrypoint] = Purity(pure=pure, fields=fields if pure else (), batch=batch)
     return found
 
 

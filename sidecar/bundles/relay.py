@@ -16,12 +16,13 @@ from dataclasses import dataclass
 
 import trio
 
+from sidecar import apart
 from sidecar.bundles import release as releases
-from sidecar.bundles.archive import Bundle
 from sidecar.bundles.memory import Memory
 from sidecar.bundles.release import Held, Release
 from sidecar.bundles.sources import Offer, Source
-from sidecar.bundles.terms import Terms, Verified, holds_under, key_of_this_process, taken
+from sidecar.bundles.terms import Terms, Verified, holds_under, seed_of_this_process, taken
+from sidecar.errand import Apart
 from sidecar.errors import OperatorFault
 from sidecar.model import PolicyBundle
 
@@ -40,6 +41,7 @@ _MAY_PASS = frozenset(
     {
         "bundle_from_future",
         "bundle_unreadable",
+        "checker_failed",
         "opa_failed",
         "opa_not_started",
         "policy_memory_unusable",
@@ -82,7 +84,14 @@ class Relay:
     """
 
     def __init__(
-        self, terms: Terms, memory: Memory, activate: Activate, log: Log, *, clock: Callable[[], float] = time.time
+        self,
+        terms: Terms,
+        memory: Memory,
+        activate: Activate,
+        log: Log,
+        *,
+        do: Apart = apart.here,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self.terms = terms
         self.running: Running | None = None
@@ -95,10 +104,12 @@ class Relay:
         self._log = log
         self._clock = clock
         self._held: Held | None = None
-        self._bundle: Bundle | None = None
+        self._good: Verified | None = None
+        """What runs, or the same signed anew."""
         self._offering = trio.Lock()
         self._considering = trio.Lock()
-        self._ours = key_of_this_process()
+        self._do = do
+        self._seed = seed_of_this_process()
         self._told: dict[tuple[str, str], None] = {}
         self._again: Sequence[Offer] = ()
         """What the source gave last, while it is not what runs."""
@@ -109,6 +120,12 @@ class Relay:
     def stale(self) -> bool:
         """Whether the newest signed time is too long ago. Nothing accepted is not stale: it is nothing."""
         return self._held is not None and self._standing(self._held) == "stale"
+
+    @property
+    def stale_at(self) -> float | None:
+        """Unix seconds from which on it is stale, as far as is known; None: never."""
+        age = self.terms.max_policy_age
+        return None if self._held is None or age is None else self._held.newest_created + age
 
     @property
     def held(self) -> Held | None:
@@ -183,8 +200,8 @@ class Relay:
         What was refused under the old ones is tried again.
         """
         async with self._offering:
-            if self._bundle is not None and self.running is not None:
-                verified = await trio.to_thread.run_sync(holds_under, terms, self._ours, self._bundle)
+            if self._good is not None and self.running is not None:
+                verified = await holds_under(self._do, terms, self._seed, self._good.archive)
                 await self._activate(verified.handed)
             self.terms = terms
             self._told.clear()
@@ -193,7 +210,7 @@ class Relay:
     async def _try(self, archive: bytes, origin: str) -> Release:
         verified: Verified | None = None
         try:
-            verified = await trio.to_thread.run_sync(taken, self.terms, self._ours, archive)
+            verified = await taken(self._do, self.terms, self._seed, archive)
             await self._take(verified, origin)
         except OperatorFault as fault:
             if verified is None:
@@ -209,13 +226,13 @@ class Relay:
         # Another process of ours may have seen more since we looked.
         self._held = releases.newest(await trio.to_thread.run_sync(self._memory.held), self._held)
         held = releases.accept(release, digest, self._held, now=self._clock(), minimum_serial=self.terms.minimum_serial)
-        if self.running is not None and self._bundle is not None and self.running.digest == digest:
-            if verified.bundle.signatures == self._bundle.signatures:
+        if self.running is not None and self._good is not None and self.running.digest == digest:
+            if verified.signatures == self._good.signatures:
                 return
-            self._bundle = verified.bundle  # signed anew: it stays when the key that it was signed with before goes
+            self._good = verified  # signed anew: it stays when the key that it was signed with before goes
         else:
             await self._activate(verified.handed)
-            self._bundle = verified.bundle
+            self._good = verified
             self.running = Running(release=release, digest=digest, origin=origin, activated_at=self._clock())
             if verified.log_rules:
                 self._log("bundle.log_rules_ignored", "warning", revision=release.revision, serial=release.serial)

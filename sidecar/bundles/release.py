@@ -46,6 +46,9 @@ class Purity:
 
     pure: bool
     fields: tuple[FieldPath, ...] = ()
+    batch: bool = False
+    """Whether several of its questions may be put into one query: the bundle carries the rule for that (`sidecar.batch`),
+    and no answer would be another one for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,12 +194,14 @@ def _cache(value: Value) -> Mapping[str, Purity]:
         fields = one.get("fields", [])
         if not isinstance(one.get("pure"), bool) or not isinstance(fields, list):
             raise _invalid(f"cache.{entrypoint} must say pure, and list its fields")
+        if not isinstance(batch := one.get("batch", False), bool):
+            raise _invalid(f"cache.{entrypoint}.batch must be true or false")
         paths = []
         for path in fields:
             if not isinstance(path, list) or not all(type(part) is str for part in path):
                 raise _invalid(f"cache.{entrypoint}.fields must be lists of names")
             paths.append(tuple(str(part) for part in path))
-        found[entrypoint] = Purity(pure=one["pure"] is True, fields=tuple(paths))
+        found[entrypoint] = Purity(pure=one["pure"] is True, fields=tuple(paths), batch=batch)
     return MappingProxyType(found)
 
 

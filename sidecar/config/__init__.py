@@ -12,6 +12,7 @@ from sidecar.config.routing import RouteTable, route_for
 from sidecar.config.settings import (
     AgentUpstream,
     Config,
+    DecisionCache,
     DecisionLog,
     FilesIdentity,
     Health,
@@ -37,6 +38,7 @@ __all__ = [
     "Changes",
     "Config",
     "ConfigError",
+    "DecisionCache",
     "DecisionLog",
     "FilesIdentity",
     "Health",

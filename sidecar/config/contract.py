@@ -36,6 +36,7 @@ T = TypeVar("T")
 W = TypeVar("W", bound=str)
 
 DEFAULT = Config()
+MAX_WORKERS = 64
 
 
 def load(text: str, environ: Mapping[str, str], base: Path) -> Config:
@@ -66,6 +67,7 @@ class Reader:
         config = Config(
             mtls_mode=mode or "strict",
             mtls_mode_source=source,
+            workers=root.take("workers", lambda i: i.whole(1, MAX_WORKERS), DEFAULT.workers),
             state_dir=root.take("state_dir", self._path, self.base / "state"),
             identity=root.take("identity", self._identity, None),
             inbound=root.take("inbound", self._inbound, ()),

@@ -15,6 +15,7 @@ from sidecar.config.settings import Config, Limits, Timeouts
 LIVE_KEYS: Mapping[str, bool] = MappingProxyType(
     {
         "mtls_mode": False,
+        "workers": False,
         "state_dir": False,
         "identity.certificate": True,
         "identity.key": True,
@@ -33,6 +34,8 @@ LIVE_KEYS: Mapping[str, bool] = MappingProxyType(
         "policy.decision": False,
         "policy.shadow": False,
         "policy.report": False,
+        "policy.cache": True,
+        "policy.max_together": False,
         "policy_input.headers": True,
         "policy_input.query": True,
         "decision_log": False,

@@ -154,6 +154,15 @@ class Shadow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DecisionCache:
+    """How much is kept of decisions that are proven pure, to be repeated."""
+
+    max_entries: int = 16_384
+    max_bytes: int = 16 << 20
+    """Reckoned; a decision with its key takes about 1 KiB."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
     source: Path | Remote
     """A file, a directory of `*.tar.gz`, or a server."""
@@ -169,6 +178,10 @@ class Policy:
     shadow: Shadow | None = None
     report: bool = False
     """Tell the bundle server what runs here."""
+    cache: DecisionCache | None = DecisionCache()
+    """None: every question is asked."""
+    max_together: int = 16
+    """Questions that wait anyway and may go to OPA in one query; 1: each goes by itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -257,6 +270,8 @@ class Config:
 
     mtls_mode: Mode = "permissive"
     mtls_mode_source: ModeSource = "default"
+    workers: int = 1
+    """Processes that carry requests. 1: the one that was started carries them itself."""
     state_dir: Path = Path("state")
     identity: FilesIdentity | None = None
     """None only where every mode is disabled."""

@@ -13,10 +13,11 @@ from typing import cast
 from sidecar.config import decoders, places
 from sidecar.config.contradictions import Draft
 from sidecar.config.document import Item, Section, Wrong
-from sidecar.config.settings import DecisionLog, Policy, PolicyKey, Remote, Shadow
+from sidecar.config.settings import DecisionCache, DecisionLog, Policy, PolicyKey, Remote, Shadow
 from sidecar.model import Address
 
 _MAX_SERIAL = (1 << 53) - 1
+_MAX_TOGETHER = 64
 
 
 class Shipping:
@@ -38,7 +39,13 @@ class Shipping:
             decision=section.take("decision", decoders.entrypoint, default.decision),
             shadow=section.take("shadow", self._shadow, None),
             report=section.take("report", Item.flag, default.report),
+            cache=section.take("cache", _cache, default.cache),
+            max_together=section.take("max_together", lambda i: i.whole(1, _MAX_TOGETHER), default.max_together),
         )
+        if section.has("cache") and policy.cache is not None and policy.input == "envoy":
+            self._note(section, "cache", "is for input: sidecar; what is asked in other words is never repeated")
+        if section.has("max_together") and policy.max_together > 1 and policy.input == "envoy":
+            self._note(section, "max_together", "is for input: sidecar; what is asked in other words is asked one by one")
         if section.has("decision") and policy.input != "envoy":
             self._note(section, "decision", "is for input: envoy; our own entrypoints are fixed")
         if policy.report and not isinstance(policy.source, Remote):
@@ -111,3 +118,19 @@ class Shipping:
 
     def _note(self, section: Section, key: str, message: str) -> None:
         section.item.document.note(section.item._below(key), message)
+
+
+def _cache(item: Item) -> DecisionCache | None:
+    default = DecisionCache()
+    if not item.is_section:
+        try:
+            return default if item.flag() else None
+        except Wrong:
+            raise Wrong("must be false, or a mapping of max_entries and max_bytes") from None
+    section = item.section()
+    cache = DecisionCache(
+        max_entries=section.take("max_entries", lambda i: i.whole(1, 10_000_000), default.max_entries),
+        max_bytes=section.take("max_bytes", lambda i: i.whole(1 << 16, 1 << 34), default.max_bytes),
+    )
+    section.close()
+    return cache

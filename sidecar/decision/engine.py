@@ -19,9 +19,9 @@ import itertools
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import trio
 
@@ -30,8 +30,9 @@ from sidecar.decision import private
 from sidecar.decision.child import Child
 from sidecar.decision.inquiry import OURS, Contract
 from sidecar.decision.opa import OnlyFrom, Opa
+from sidecar.decision.sharing import MAX_TOGETHER, Sharing
 from sidecar.errors import NoDecision, OperatorFault
-from sidecar.model import Decision, Inquiry, PolicyBundle
+from sidecar.model import Decision, Inquiry, Lending, PolicyBundle
 from sidecar.wire.network import Network
 
 State = Literal["starting", "ok", "restarting", "stopped"]
@@ -66,16 +67,33 @@ class _Running:
 
     child: Child
     opa: Opa
+    asked: Opa | Sharing
+    """Where questions go: `opa`, or what puts together those that wait for it."""
     bundle: PolicyBundle
     directory: Path
     since: float
+    settled: trio.Event
+    """Set once nobody asks the one before any more."""
+
+
+class Borrowers(Protocol):
+    """Others who ask the OPA that is lent to them (`Engine.lending`)."""
+
+    def offered(self, on_its_way: bool, /) -> None:
+        """Another bundle is on its way in, or is not any more. Until then nothing may be repeated that was decided before."""
+        ...
+
+    async def changed_over(self) -> None:
+        """Another OPA decides now. Returns when none of them asks the one before any more."""
+        ...
 
 
 class Engine:
     """`model.DecisionPoint` over an OPA of our own. `run` has to be running, in the thread that started trio.
 
     `runtime_dir` is where the private directory is made (see `private.place`), `binary` an OPA. `workers` bounds the
-    processors that OPA uses, `words` is the contract with policy. Until a bundle is activated every question is answered by `NoDecision` (`policy_not_ready`).
+    processors that OPA uses, `words` is the contract with policy, `max_together` how many questions may be put into one query
+    (1: never more than one). Until a bundle is activated every question is answered by `NoDecision` (`policy_not_ready`).
     """
 
     def __init__(
@@ -90,6 +108,7 @@ class Engine:
         workers: int = 1,
         timing: Timing = DEFAULT_TIMING,
         words: Contract = OURS,
+        max_together: int = MAX_TOGETHER,
     ) -> None:
         self.state: State = "starting"
         self.restarts = 0
@@ -103,11 +122,15 @@ class Engine:
         self._workers = workers
         self._timing = timing
         self._words = words
+        self._max_together = max_together
         self._backoff = timing.first_backoff
         self._numbers = itertools.count(1)
         self._running: _Running | None = None
-        self._opa: Opa | None = None
+        self._asked: Opa | Sharing | None = None
         self._changing = trio.Lock()
+        self.borrowers: Borrowers | None = None
+        self._offered = 0
+        """Bundles handed to `activate` that it has not done with."""
         self._scope = trio.CancelScope()
         self._ended: trio.Event | None = None
         self._nursery: trio.Nursery
@@ -122,13 +145,28 @@ class Engine:
     def bundle_revision(self) -> str | None:
         return self._running.bundle.revision if self._running is not None else None
 
+    @property
+    def in_force(self) -> PolicyBundle | None:
+        """The bundle that decides whatever is asked now; None while another one is offered, where there is none, and at the end."""
+        running = self._running
+        return None if self._offered or running is None or self.state == "stopped" else running.bundle
+
+    @property
+    def lending(self) -> Lending | None:
+        """What decides now, for others to ask; None before there was anything. An OPA that has ended is asked in vain."""
+        running = self._running
+        if running is None:
+            return None
+        bundle = replace(running.bundle, archive=b"", keys={})
+        return Lending(socket=running.child.socket, uids=frozenset({os.getuid()}), bundle=bundle)
+
     async def decide(self, inquiry: Inquiry) -> Decision:
-        opa = self._opa
-        if opa is None:
+        asked = self._asked
+        if asked is None:
             if self._running is None:
                 raise NoDecision("no policy has been accepted yet", code="policy_not_ready")
             raise NoDecision("OPA has ended and is not back yet", code="decision_unreachable")
-        return await opa.decide(inquiry, self.decision_timeout)
+        return await asked.decide(inquiry, self.decision_timeout)
 
     # ── life ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -144,9 +182,9 @@ class Engine:
                     task_status.started()
                     await trio.sleep_forever()
         finally:
-            self._opa = None
+            self._asked = None
             if self._running is not None:
-                self._running.opa.close()
+                self._running.asked.close()
             self.state = "stopped"
             self._ended.set()
 
@@ -162,12 +200,23 @@ class Engine:
         Where content and keys are those that run, nothing happens. Raises `OperatorFault` where it is refused, and then
         nothing has changed: `bundle_refused`, `opa_failed`, `opa_not_started`, `opa_stopped`, `runtime_dir_unusable`.
         """
-        async with self._changing:
-            if self._ended is None or self._scope.cancel_called:
-                raise OperatorFault("OPA is not running", code="opa_stopped")
-            running = self._running
-            if running is None or running.bundle != bundle:
-                self._take_over(await self._launch(bundle))
+        self._offer(1)
+        try:
+            async with self._changing:
+                if self._ended is None or self._scope.cancel_called:
+                    raise OperatorFault("OPA is not running", code="opa_stopped")
+                running = self._running
+                if running is None or running.bundle != bundle:
+                    fresh = await self._launch(bundle)
+                    self._take_over(fresh)
+                    await fresh.settled.wait()
+        finally:
+            self._offer(-1)
+
+    def _offer(self, change: int) -> None:
+        was, self._offered = bool(self._offered), self._offered + change
+        if self.borrowers is not None and was != bool(self._offered):
+            self.borrowers.offered(not was)
 
     # ── one process ───────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -185,7 +234,8 @@ class Engine:
                 max_connections=self._max_connections, words=self._words,
             )  # fmt: skip
             await self._nursery.start(child.run)
-            revision = await self._accepted(child, opa)
+            asked = self._shared(opa, bundle)
+            revision = await self._accepted(child, asked)
             if revision != bundle.revision:
                 raise OperatorFault(f"OPA runs {revision!r}, and was handed {bundle.revision!r}", code="bundle_refused")
         except BaseException as error:
@@ -198,10 +248,25 @@ class Engine:
                 raise OperatorFault(f"{directory}: {error.strerror}", code="runtime_dir_unusable") from error
             raise
         self._log("opa.started", "info", pid=child.pid, revision=bundle.revision)
-        return _Running(child=child, opa=opa, bundle=bundle, directory=directory, since=trio.current_time())
+        return _Running(
+            child=child,
+            opa=opa,
+            asked=asked,
+            bundle=bundle,
+            directory=directory,
+            since=trio.current_time(),
+            settled=trio.Event(),
+        )
 
-    async def _accepted(self, child: Child, opa: Opa) -> str:
+    def _shared(self, opa: Opa, bundle: PolicyBundle) -> Opa | Sharing:
+        """What is asked in other words than ours has no rule for several questions."""
+        if self._words is not OURS or self._max_together < 2 or not bundle.batch:
+            return opa
+        return Sharing(opa, self._nursery, bundle.batch, max_together=self._max_together)
+
+    async def _accepted(self, child: Child, asked: Opa | Sharing) -> str:
         """Wait until OPA has verified and compiled its bundle; return the revision, or raise with OPA's reason."""
+        opa = asked.opa if isinstance(asked, Sharing) else asked
         with trio.move_on_after(self._timing.start_timeout):
             while not child.exited.is_set():
                 try:
@@ -214,7 +279,7 @@ class Engine:
                         await self._complain(opa)
                     await trio.sleep(_READY_INTERVAL)  # it does not listen yet, or is still reading
                 else:
-                    await opa.warm_up()
+                    await asked.warm_up()
                     return revision
             raise OperatorFault(f"OPA {child.fate}", code="opa_failed")
         raise OperatorFault(f"OPA was not ready within {self._timing.start_timeout:g} s", code="opa_failed")
@@ -230,16 +295,26 @@ class Engine:
 
     def _take_over(self, fresh: _Running) -> None:
         before, self._running = self._running, fresh
-        self._opa = fresh.opa
+        self._asked = fresh.asked
         self.state = "ok"
         if before is None or before.bundle is not fresh.bundle:
             self._log("bundle.activated", "info", revision=fresh.bundle.revision, serial=fresh.bundle.serial)
         self._nursery.start_soon(self._guard, fresh)
+        if self.borrowers is not None:
+            self._nursery.start_soon(self._settle, fresh, before, self.borrowers)
+            return
+        fresh.settled.set()
         if before is not None:
             self._nursery.start_soon(self._retire, before)
 
+    async def _settle(self, fresh: _Running, before: _Running | None, borrowers: Borrowers) -> None:
+        await borrowers.changed_over()
+        fresh.settled.set()
+        if before is not None:
+            await self._retire(before)
+
     async def _retire(self, before: _Running) -> None:
-        await before.opa.aclose()
+        await before.asked.aclose()
         await before.child.stop()
         shutil.rmtree(before.directory, ignore_errors=True)
 
@@ -249,7 +324,7 @@ class Engine:
         await self._until_ended(running)
         if self._running is not running:
             return  # it was retired
-        self._opa = None
+        self._asked = None
         self.state = "restarting"
         self.restarts += 1
         self._log("opa.ended", "error", pid=running.child.pid, reason=running.child.fate, restarts=self.restarts)

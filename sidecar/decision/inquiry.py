@@ -72,6 +72,9 @@ def question(inquiry: Inquiry) -> bytes:
     )
 
 
+_BEFORE_INPUT = len(b'{"input":')
+
+
 def encoded(document: Mapping[str, object]) -> bytes:
     """Return the body of a query about this input. Raises `NoDecision` (`decision_unaskable`)."""
     try:
@@ -105,16 +108,41 @@ def answer(raw: bytes, *, decision_id: str, bundle: str | None, read: Read | Non
     missing, `decision_malformed` for everything else that is not an answer.
     """
     document = _document(raw)
-    try:
-        result = document["result"]
-    except KeyError:
-        raise NoDecision("OPA's answer has no result", code="decision_undefined") from None
+    result = _result(document)
+    return _decision(result, decision_id, _revision(document, bundle), read or _read)
+
+
+def together(bodies: Sequence[bytes]) -> bytes:
+    """Return the body of one query about several questions, of what `question` says to each: `{"input": {"questions": [...]}}`."""
+    return b'{"input":{"questions":[%b]}}' % b",".join([body[_BEFORE_INPUT:-1] for body in bodies])
+
+
+def answers(
+    raw: bytes, count: int, *, new_id: Callable[[], str], bundle: str | None, read: Read | None = None
+) -> list[Decision | NoDecision]:
+    """Read the answer to `together`: for each question what `answer` would return or raise if it had been asked alone.
+
+    Policy answers with an object, under the place of each question that is decided. Raises `NoDecision` as `answer` does
+    where it is none, or names a question that was not asked.
+    """
+    document = _document(raw)
+    results = mapping(_result(document), "the result")
     stamp = _revision(document, bundle)
-    if type(result) is bool:
-        if result:
-            return Allow(decision_id=decision_id, revision=stamp)
-        return Deny(decision_id=decision_id, revision=stamp)
-    return (read or _read)(mapping(result, "the result"), decision_id, stamp)
+    said: list[Decision | NoDecision] = []
+    found = 0
+    for place in range(count):
+        key = str(place)
+        if key not in results:
+            said.append(_undefined())
+            continue
+        found += 1
+        try:
+            said.append(_decision(results[key], new_id(), stamp, read or _read))
+        except NoDecision as error:
+            said.append(error)
+    if found != len(results):
+        raise malformed("the result answers a question that was not asked")
+    return said
 
 
 def revision(raw: bytes, bundle: str | None) -> str:
@@ -131,6 +159,25 @@ def complaint(raw: bytes, bundle: str | None) -> str | None:
     errors = state.get("errors")
     causes = [one.get("message") for one in errors if isinstance(one, dict)] if isinstance(errors, list) else []
     return "; ".join(str(one) for one in (state.get("message"), *causes) if one) or str(state["code"])
+
+
+def _result(document: Mapping[str, object]) -> object:
+    try:
+        return document["result"]
+    except KeyError:
+        raise _undefined() from None
+
+
+def _undefined() -> NoDecision:
+    return NoDecision("OPA's answer has no result", code="decision_undefined")
+
+
+def _decision(result: object, decision_id: str, stamp: str, read: Read) -> Decision:
+    if type(result) is bool:
+        if result:
+            return Allow(decision_id=decision_id, revision=stamp)
+        return Deny(decision_id=decision_id, revision=stamp)
+    return read(mapping(result, "the result"), decision_id, stamp)
 
 
 def _revision(document: Mapping[str, object], bundle: str | None) -> str:
@@ -175,7 +222,7 @@ def _read(result: Mapping[str, object], decision_id: str, stamp: str) -> Decisio
         )  # fmt: skip
     return Deny(
         decision_id=decision_id, revision=stamp, status=cast("Literal[401, 403, 404, 429]", status), reason=reason,
-        rule=rule, response_headers=response_headers,
+        rule=rule, response_headers=response_headers, cache_ttl=cache_ttl,
     )  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """The client of OPA: raw HTTP/1.1 over a unix socket, one kept connection for each question in flight.
 
 Every question has one deadline, which covers the wait for a connection, connecting, asking and reading. Nothing is
-shared between two questions but the list of idle connections, and a connection gets onto that list only when its answer
+shared between two questions but the list of idle connections (what is asked in one query, `sharing` puts together, and
+knows how to part again), and a connection gets onto that list only when its answer
 has been read to the last byte: after an error, a deadline or a cancellation it is closed, so that nobody can ever read
 an answer that belongs to somebody else. The connection used last is used first, and the rest stay idle.
 
@@ -81,7 +82,10 @@ class Opa:
             direction: _ASK.format(words.path(direction), _STRICT if words.strict else "").encode()
             for direction in contract.DIRECTIONS
         }
-        self._question = words.question
+        self._heads_together: dict[Direction, bytes] = {
+            direction: _ASK.format(f"sidecar/batch/{direction}", _STRICT).encode() for direction in contract.DIRECTIONS
+        }
+        self.question = words.question
         self._read = words.read
         self._network = network
         self._address = address
@@ -96,12 +100,27 @@ class Opa:
         asked = self._max_connections - self._turns.value
         return f"<Opa at {self._address}: {asked} asked, {len(self._idle)} connections idle>"
 
-    async def decide(self, inquiry: Inquiry, decision_timeout: float | None = None) -> Decision:
-        """`decision_timeout` None: the one that was set at first."""
-        body = self._question(inquiry)
+    async def decide(
+        self, inquiry: Inquiry, decision_timeout: float | None = None, *, body: bytes | None = None
+    ) -> Decision:
+        """`decision_timeout` None: the one that was set at first. `body` is what `question` makes of the inquiry."""
+        if body is None:
+            body = self.question(inquiry)
         timeout = self._timeout if decision_timeout is None else decision_timeout
         raw = await self._ask(self._heads[inquiry.direction] % len(body) + body, timeout)
         return contract.answer(raw, decision_id=self._new_id(), bundle=self._bundle, read=self._read)
+
+    async def decide_together(
+        self, direction: Direction, bodies: Sequence[bytes], timeout: float
+    ) -> list[Decision | NoDecision]:
+        """Ask several questions of one direction, made by `question`, in one query; return what is said to each, in their order.
+
+        For a bundle that carries the rule `sidecar.batch`, in our own words. Raises as `decide` does where there is no
+        answer to the query as a whole, and then it says nothing about any of them.
+        """
+        body = contract.together(bodies)
+        raw = await self._ask(self._heads_together[direction] % len(body) + body, timeout)
+        return contract.answers(raw, len(bodies), new_id=self._new_id, bundle=self._bundle, read=self._read)
 
     async def warm_up(self) -> None:
         """Ask one question of each direction, so that the first real one finds its entrypoint compiled.
@@ -109,7 +128,7 @@ class Opa:
         What policy says to a question that stands for none does not matter, nor does it if it stumbles over it.
         """
         for direction in contract.DIRECTIONS:
-            body = self._question(contract.sample(direction))
+            body = self.question(contract.sample(direction))
             try:
                 await self._ask(self._heads[direction] % len(body) + body, WARM_UP_TIMEOUT)
             except NoDecision:

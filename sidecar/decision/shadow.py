@@ -73,10 +73,18 @@ class Shadow:
         self._candidate = None
         self.differences = None
 
+    @property
+    def wanted(self) -> float:
+        """The share of decisions that it is to be told of; 0 while there is nothing to compare with."""
+        return 0.0 if self._candidate is None else self._sample
+
     def decided(self, record: Decided) -> None:
+        if self._sample >= 1 or self._chance() < self._sample:
+            self.compare(record)
+
+    def compare(self, record: Decided) -> None:
+        """As `decided`, of a decision that is in the sample."""
         if self._candidate is None or record.decision is None or self.differences is None:
-            return
-        if self._sample < 1 and self._chance() >= self._sample:
             return
         try:
             self._send.send_nowait((record.inquiry, record.decision))

@@ -58,6 +58,8 @@ def event(
     else:
         whole["bundles"] = {"sidecar": {"revision": decision.revision}}
         whole["result"], erased = _result(decision)
+        if decision.repeats is not None:
+            whole["cached"], whole["repeats"] = True, decision.repeats
     for parts in mask:
         masked, found = _without(masked, parts)
         if found:

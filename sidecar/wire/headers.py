@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from sidecar.errors import ClientFault, UpstreamFault
 from sidecar.model import NOTHING, Fields
@@ -272,6 +272,19 @@ def _finished(
         kept.append((b"te", b"trailers"))
     kept.append((b"via", via))
     return with_added(kept, add) if add else kept
+
+
+def ids_at(fields: Fields) -> int:
+    """Where in the fields of a request that goes on its ids stand, for `with_ids`."""
+    return next(at for at, field in enumerate(fields) if field[0] == b"x-request-id")
+
+
+def with_ids(fields: Sequence[Field], at: int, request_id: str, traceparent: str) -> list[Field]:
+    """Return the fields that the same request goes on with under other ids (RFC 9110 knows none of these two)."""
+    changed = list(fields)
+    changed[at] = (b"x-request-id", request_id.encode("ascii"))
+    changed[at + 1] = (b"traceparent", traceparent.encode("ascii"))
+    return changed
 
 
 def with_added(fields: Fields, add: Mapping[str, str]) -> list[Field]:

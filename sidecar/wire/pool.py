@@ -20,8 +20,13 @@ import trio
 from sidecar.errors import NotSent, SidecarError
 from sidecar.wire.connector import Made, Proof
 from sidecar.wire.endpoints import Endpoints
+from sidecar.wire.h1_client import Known
 from sidecar.wire.pooled import KeptConnection, SharedConnection, Terms
+from sidecar.wire.recent import Recent
 from sidecar.wire.upstream import Upstream, UpstreamStream
+
+_MAX_RECENT = 64
+"""Heads of answers; most of them are out of use after a second, since they hold the time."""
 
 
 class Pool:
@@ -38,6 +43,7 @@ class Pool:
         """Places that are taken for connections that are not there yet."""
         self.shared: list[SharedConnection] = []
         self.used_at = terms.now
+        self.recent: Recent[Known] = Recent(_MAX_RECENT)
         self._open: set[KeptConnection] = set()
         self._idle: list[KeptConnection] = []
         """Of the open ones; the longest idle first."""
@@ -190,6 +196,7 @@ class Pool:
                 kept.close()
             if not self._idle and self.upstream.protocol != "h1":
                 self.h1_only = False
+            self.recent.forget()
         self.retire(lambda connection: connection.expires_at <= now)
         for shared in list(self.shared):
             shared.look(now)

@@ -20,16 +20,21 @@ from sidecar.errors import PeerRejected
 from sidecar.model import Address, Connection, ConnectionEnded, Mode, Outcome, Peer, Workload
 from sidecar.wire import h1_server, h2_server, tls
 from sidecar.wire.admission import Admission, Guest
-from sidecar.wire.h1_server import Answering, Handle, Limits, Served
+from sidecar.wire.h1_server import Answering, Handle, Known, Limits, Served
 from sidecar.wire.hangups import Hangups
 from sidecar.wire.listening import Listener, accept_forever
 from sidecar.wire.network import Stream, keep_alive
+from sidecar.wire.recent import Memories
 from sidecar.wire.settling import Refused, settle
 
 _ENDED_PATIENCE, _UNANSWERED_PATIENCE = 1.0, 5.0
 """Seconds of silence, within an answer and before it, after which a client that has ended its side counts as gone."""
 _LOOK_OUT_INTERVAL = 0.5
 """Seconds; waits end at most that much late."""
+_FORGET = 60
+"""So many looks from one time that heads are forgotten to the next."""
+_MAX_HEADS, _MAX_HEADS_IN_ALL = 256, 2048
+"""Remembered of one client, and of all; a head with all that is made of it takes some 5 KB."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +76,7 @@ class Server:
         self._lives: dict[_Life, None] = {}
         self._admission = Admission()
         self._hangups = Hangups()
+        self._memories: Memories[Known] = Memories(max_heads=_MAX_HEADS, max_in_all=_MAX_HEADS_IN_ALL)
         self._accepting = False
         self._emptied = trio.Event()
         self._draining = False
@@ -105,9 +111,11 @@ class Server:
 
     async def _look_out(self) -> None:
         """End the waits whose time is up, and h1 exchanges whose client went while there was none yet (`wire.hangups`)."""
-        while True:
+        for look in count(1):
             await trio.sleep(_LOOK_OUT_INTERVAL)
             now = trio.current_time()
+            if look % _FORGET == 0:
+                self._memories.forget()
             for life in list(self._lives):
                 if life.served is None or life.stream is None:
                     continue
@@ -187,7 +195,12 @@ class Server:
             await stream.close_gently(settings.limits.linger_timeout)
             raise
         fresh = _Freshness(stream, connection, self._credentials)
-        life.served = Served(connection, self._handle, self.settings.limits, fresh, draining=self._draining)
+        limits = self.settings.limits
+        peer = connection.peer.id if isinstance(connection.peer, Workload) else connection.peer
+        recent = self._memories.of((
+            limits, peer, connection.remote.host, connection.local, connection.tls, connection.server_name,
+        ))  # fmt: skip
+        life.served = Served(connection, self._handle, limits, fresh, draining=self._draining, recent=recent)
         with self._hangups.watching(stream.fileno(), life.hang_up):
             await (h2_server if connection.protocol == "h2" else h1_server).serve(stream, buffer, life.served)
         if life.served.evicted:

@@ -58,7 +58,8 @@ class TlsStream(Stream):
 
     def __init__(self, sock: _Socket, facts: HandshakeFacts, peer: Workload) -> None:
         super().__init__(sock)
-        self._recv = sock.read
+        # What `read` and `send` of the socket call, without the two calls around it. `close` takes both away again.
+        self._recv, self._send = sock._sslobj.read, sock._sslobj.write  # type: ignore[attr-defined]
         self.alpn = sock.selected_alpn_protocol()
         self.server_name = sock.offered_name
         self.facts = facts

@@ -415,7 +415,7 @@ async def test_no_question_is_lost_while_policy_and_keys_change(house: House) ->
             house.put(1, key=following)  # the same, signed anew
             await house.until(
                 lambda: (
-                    signature.verify(house.relay._bundle, {"release-2": following.verifying}, "sidecar")
+                    signature.verify(archive.read(house.relay._good.archive), {"release-2": following.verifying}, "sidecar")
                     if _by(house, "release-2")
                     else None
                 )
@@ -436,9 +436,9 @@ async def test_no_question_is_lost_while_policy_and_keys_change(house: House) ->
 
 def _by(house: House, key_id: str) -> bool:
     """Whether what runs is signed by this key."""
-    bundle = house.relay._bundle
-    assert bundle is not None
-    head = json.loads(bundle.signatures or b"")["signatures"][0].split(".")[0]
+    good = house.relay._good
+    assert good is not None
+    head = json.loads(good.signatures)["signatures"][0].split(".")[0]
     return bool(json.loads(base64.urlsafe_b64decode(head + "=="))["kid"] == key_id)
 
 

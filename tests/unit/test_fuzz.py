@@ -35,7 +35,7 @@ from lanes import fuzz as lane
 from sidecar.config import places
 from sidecar.decision import inquiry, policy
 from sidecar.errors import MaybeSent
-from sidecar.identity import pem_files, spiffe, verify
+from sidecar.identity import spiffe, svid, verify
 from sidecar.model import Allow, SpiffeId
 from sidecar.wire import h1, h2_encoder, h2_heads, h2_protocol, headers, target
 
@@ -142,7 +142,7 @@ DEFECTS = {
     "identity.leaf": Defect(
         verify, "_id", lambda names: SpiffeId(trust_domain="a.test", path="/other"), lambda: identities.TARGETS[1].good()[0]
     ),
-    "identity.pem": Defect(pem_files, "_check_match", lambda *_: None, lambda: identities.TARGETS[2].bad()[1]),
+    "identity.pem": Defect(svid, "_check_match", lambda *_: None, lambda: identities.TARGETS[2].bad()[1]),
     "config.load": Defect(places, "prefix", lambda text: text, lambda: documents.WHOLE.replace(b"/budget/", b"/a/../b")),
     "policy.bundles": Defect(policy, "_serial", lambda *_: 0, lambda: documents.TARGETS[1].good()[0]),
 }  # fmt: skip

@@ -71,7 +71,7 @@ def test_a_bundle_of_rules_data_and_metadata(place: Place) -> None:
         place.put("b.yaml", "sidecar: {roles: {a: [x, 1, true, null]}}"),
     ]
     bundle = place.build(replace(STAMP, may_return_to=(5, 3, 5), return_until=1_750_086_400.0), data=data)
-    assert set(bundle.files) == {".manifest", "data.json", "sidecar/inbound.rego"}
+    assert set(bundle.files) == {".manifest", "data.json", "sidecar/inbound.rego", "sidecar/batch/batch.rego"}
     assert bundle.files["data.json"] == b'{"sidecar":{"roles":{"a":["x",1,true,null]},"x":1e3}}'
     said = release.release(bundle)
     assert (said.revision, said.serial, said.created, said.roots) == ("r7", 7, 1_750_000_000.0, ("sidecar",))
@@ -79,6 +79,40 @@ def test_a_bundle_of_rules_data_and_metadata(place: Place) -> None:
     assert said.cache["sidecar/inbound/decision"].fields == (("path",),)
     assert bundle.manifest["metadata"]["may_return_to"] == ["3", "5"]  # type: ignore[index,call-overload]
     assert bundle.manifest["rego_version"] == "1"  # type: ignore[index,call-overload]
+
+
+@pytest.mark.live
+def test_questions_are_put_together_only_by_the_rule_that_we_know(place: Place) -> None:
+    entrypoint = "sidecar/inbound/decision"
+    ours = (build.library() / build.BATCH).read_bytes()
+    assert place.build().files[build.BATCH] == ours
+    assert release.release(place.build()).cache[entrypoint].batch
+    place.put(f"policies/{build.BATCH}", ours)
+    assert release.release(place.build()).cache[entrypoint].batch
+    place.put(f"policies/{build.BATCH}", ours + b"\n# It says something else here.\n")
+    assert release.release(place.build()).cache[entrypoint].batch is False
+
+
+@pytest.mark.live
+@pytest.mark.parametrize("calls", ['rand.intn("x", 2) == 1', 'http.send({"method": "GET", "url": "http://a.test"})'])
+def test_what_each_question_must_ask_for_itself_is_not_put_together(place: Place, calls: str) -> None:
+    place.put("policies/sidecar/inbound.rego", f"package sidecar.inbound\n\ndecision if {calls}\n")
+    assert release.release(place.build()).cache["sidecar/inbound/decision"].batch is False
+
+
+@pytest.mark.live
+def test_who_does_not_own_the_root_gets_no_rule(place: Place) -> None:
+    place.put("policies/.manifest", '{"roots": ["sidecar/inbound"]}')
+    bundle = place.build()
+    assert build.BATCH not in bundle.files
+    assert release.release(bundle).cache["sidecar/inbound/decision"].batch is False
+
+
+@pytest.mark.live
+def test_no_overlay_can_be_the_rule(place: Place) -> None:
+    red = place.put("red/b.rego", b"package sidecar.batch\n\ninbound[0] := true\n").parent
+    with pytest.raises(NotBuilt, match="its package is sidecar"):
+        place.build(overlays={"red": red})
 
 
 @pytest.mark.live
@@ -92,6 +126,7 @@ def test_an_overlay_has_a_root_of_its_own(place: Place) -> None:
     assert set(bundle.files) == {
         ".manifest",
         "data.json",
+        "sidecar/batch/batch.rego",
         "sidecar/inbound.rego",
         "team/red/rules/a.rego",
         "team/blue_2/b.rego",
@@ -100,9 +135,13 @@ def test_an_overlay_has_a_root_of_its_own(place: Place) -> None:
 
 
 @pytest.mark.live
-def test_the_library_builds(opa: Path) -> None:
-    bundle = build.build(opa, Sources(policies=build.library()), STAMP)
-    assert release.release(bundle).cache["sidecar/inbound/decision"].pure
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_library_builds(opa: Path, place: Place, compiled: bool) -> None:
+    data = place.put("rbac.json", '{"sidecar": {"rbac": {}}}')
+    bundle = build.build(opa, Sources(policies=build.library(), data=[data], compile_rbac=compiled), STAMP)
+    cache = release.release(bundle).cache
+    assert set(cache) == {f"sidecar/{one}/decision" for one in ("inbound", "outbound", "egress", "fleet")}
+    assert all(one.pure and one.batch for one in cache.values())
     assert not [name for name in bundle.files if "_test" in name or "schema" in name]
 
 

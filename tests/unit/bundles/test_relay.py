@@ -18,7 +18,7 @@ import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.bundles import archive, relay, signature, terms
+from sidecar.bundles import archive, relay, signature, terms, verified
 from sidecar.bundles.archive import Bounds, Bundle
 from sidecar.bundles.freshness import FreshOnly
 from sidecar.bundles.memory import Memory
@@ -772,6 +772,6 @@ async def test_rules_for_opas_own_log_are_warned_of_once(
 
 def test_terms_do_not_show_keys() -> None:
     """They are public, and still nobody's to read in a log."""
-    verified = terms.taken(KEY.terms(), terms.key_of_this_process(), archived(4))
-    assert "PRIVATE" not in repr(verified)
-    assert isinstance(verified.bundle, Bundle)
+    found = verified.taken(KEY.terms(), terms.seed_of_this_process(), archived(4))
+    assert "PRIVATE" not in repr(found)
+    assert found.release.serial == 4

@@ -48,7 +48,7 @@ def test_a_whole_manifest_is_read() -> None:
     until = "2025-07-01T00:00:00.5+02:00"
     cache = {
         "sidecar/inbound/decision": {"pure": True, "fields": [["caller"], ["headers", "x-tenant"]]},
-        "sidecar/egress/decision": {"pure": True, "fields": [[]]},
+        "sidecar/egress/decision": {"pure": True, "fields": [[]], "batch": True},
         "sidecar/outbound/decision": {"pure": False},
     }
     said = release.release(bundle(metadata(may_return_to=[5, 6, 6], return_until=until, cache=cache, more={"x": [1]})))
@@ -57,7 +57,7 @@ def test_a_whole_manifest_is_read() -> None:
         return_until=1751320800.5,
         cache={
             "sidecar/inbound/decision": Purity(pure=True, fields=(("caller",), ("headers", "x-tenant"))),
-            "sidecar/egress/decision": Purity(pure=True, fields=((),)),
+            "sidecar/egress/decision": Purity(pure=True, fields=((),), batch=True),
             "sidecar/outbound/decision": Purity(pure=False),
         },
     )  # fmt: skip

@@ -96,6 +96,7 @@ def test_what_is_absent_has_its_default() -> None:
     assert loaded.inbound[0].listen == Address(host="0.0.0.0", port=8443)
     assert loaded.inbound[0].upstream.address == Address(host="127.0.0.1", port=8000)
     assert loaded.outbound is None
+    assert loaded.workers == 1
     assert loaded.health == config.Health(listen=Address(host="0.0.0.0", port=9091))
     assert loaded.timeouts == config.Timeouts(
         handshake=5, header=10, decision=1, connect=5, idle=3600, drain=25, lingering=1
@@ -333,6 +334,43 @@ def test_identity_mistakes(identity: str, path: str, message: str) -> None:
 def test_policy_mistakes(policy: str, path: str, message: str) -> None:
     found = only(f"{IDENTITY}{INBOUND}policy: {policy}\n")
     assert found[:2] == (path, 3)
+    assert message in found[2]
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("", config.DecisionCache()),
+        (", cache: true", config.DecisionCache()),
+        (", cache: {}", config.DecisionCache()),
+        (", cache: {max_entries: 7}", config.DecisionCache(max_entries=7)),
+        (", cache: {max_bytes: 65536}", config.DecisionCache(max_bytes=65_536)),
+        (", cache: false", None),
+        (", input: envoy, cache: false", None),
+        (", input: envoy", config.DecisionCache()),
+    ],
+)
+def test_what_is_kept_of_decisions(written: str, meant: config.DecisionCache | None) -> None:
+    policy = load(SMALL.replace("k.pub}}}", f"k.pub}}}}{written}}}"), {}, BASE).policy
+    assert policy is not None
+    assert policy.cache == meant
+
+
+@pytest.mark.parametrize(
+    ("written", "path", "message"),
+    [
+        ("cache: 7", "policy.cache", "must be false, or a mapping"),
+        ("cache: off", "policy.cache", "must be false, or a mapping"),
+        ("cache: []", "policy.cache", "must be false, or a mapping"),
+        ("cache: {max_entries: 0}", "policy.cache.max_entries", "between 1"),
+        ("cache: {max_bytes: 1024}", "policy.cache.max_bytes", "between 65536"),
+        ("cache: {ttl: 5}", "policy.cache.ttl", "is not a known key"),
+        ("input: envoy, cache: {}", "policy.cache", "is for input: sidecar"),
+    ],
+)
+def test_mistakes_about_what_is_kept(written: str, path: str, message: str) -> None:
+    found = only(SMALL.replace("k.pub}}}", f"k.pub}}}}, {written}}}"))
+    assert found[0] == path
     assert message in found[2]
 
 
@@ -601,3 +639,13 @@ def test_the_error_reads_as_lines() -> None:
         "line 4: mtls_mode: `off` is the YAML boolean False; write disabled",
         "line 5: zebra: is not a known key",
     ]
+
+
+@pytest.mark.parametrize("value", ["0", "65", "two", "1.5", "true"])
+def test_a_number_of_workers_that_is_none(value: str) -> None:
+    with pytest.raises(config.ConfigError, match="workers"):
+        load(f"workers: {value}\n{SMALL}", {}, BASE)
+
+
+def test_workers_are_taken_up() -> None:
+    assert load(f"workers: 4\n{SMALL}", {}, BASE).workers == 4

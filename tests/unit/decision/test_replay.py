@@ -55,6 +55,14 @@ def log(path: Path, *events: object) -> Path:
     return path
 
 
+def test_repeated_decisions_are_decided_again_like_all_others(said: Said, tmp_path: Path) -> None:
+    said.answer = lambda _entrypoint, _question: DENY
+    once = event(decision_id="d-1", result={**ALLOW, "cache_ttl": 30.0})
+    again = event(decision_id="d-2", cached=True, repeats="d-1", result={**ALLOW, "cache_ttl": 12.25})
+    tally = run(log(tmp_path / "events", once, again))
+    assert (tally.read, tally.decided, tally.skipped, tally.allow_to_deny) == (2, 2, 0, 2)
+
+
 def run(
     *logs: Path, shard: tuple[int, int] = (1, 1), entrypoint: str | None = None, examples: int = 10
 ) -> replay.Tally:

@@ -52,6 +52,14 @@ def told(record: Decided, *mask: str, labels: Mapping[str, str] = MappingProxyTy
 # ── an event ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.parametrize("answer", [Allow, Deny])
+def test_a_repeated_decision_names_the_one_that_it_repeats(answer: type[Allow | Deny]) -> None:
+    event = told(decided(decision=answer(decision_id="d-2", revision="r7", repeats="d-1")))
+    assert (event["decision_id"], event["cached"], event["repeats"]) == ("d-2", True, "d-1")
+    asked_for = told(decided(decision=answer(decision_id="d-1", revision="r7")))
+    assert not {"cached", "repeats"} & asked_for.keys()
+
+
 def test_an_event_has_the_shape_of_opas() -> None:
     allow = Allow(
         decision_id="d-1", revision="r7", rule="rbac/a", reason="granted", cache_ttl=30.0, lease=5.0, credential="forge"
