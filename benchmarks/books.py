@@ -89,4 +89,4 @@ def _own_faults(account: Account, own: Own, requests: int, slack: int) -> Iterat
 def missing(lines: Sequence[int], answers: int, refused: int) -> int:
     """How many lines are missing in the access log that lacks most. What was refused has a line in the first one only."""
     wanted = [answers + refused, *(answers for _ in lines[1:])]
-    return max(0, *(due - found for due, found in zip(wanted, lines, strict=True)))
+    return max(0, *(due - found for due, found in zip(wanted, lines or [0], strict=True)))

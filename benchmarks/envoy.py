@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -199,7 +198,7 @@ def _running(
         config.write_text(json.dumps(whole, indent=1))
         argv: list[str | Path] = [
             binary, "-c", config, "--concurrency", str(workers), "--disable-hot-restart", "--log-level", "error",
-            "--base-id", str(os.getpid()), "--file-flush-interval-msec", "1000",
+            "--file-flush-interval-msec", "1000",
         ]  # fmt: skip
         with running(argv, log=log) as proxy:
             wait_until(lambda: get("/ready", port=admin_port)[0] == 200, "envoy", proxy, log)

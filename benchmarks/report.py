@@ -118,7 +118,7 @@ def progress(number: int, one: Round) -> str:
 
 def as_json(
     result: Figures, rounds: Sequence[Round], idle: Mapping[str, tuple[float, float]], about: Mapping[str, object]
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """For build/bench.json: medians of each peer, ratios, what stood idle, and each run that they were made from."""
     return {
         "about": about,

@@ -79,7 +79,7 @@ class Inbound:
         if plan is not None and plan.seen is seen:
             return plan.again(ids)
         attempt = self._planned(connection, request, ids, seen)
-        if kept is not None and not (seen.headers | seen.reserved) & _OF_EACH:
+        if kept is not None and not (seen.headers | seen.reserved) & _OF_EACH and not _has_state(request.head):
             kept["inbound"] = _Plan(attempt, seen)
         return attempt
 
@@ -120,6 +120,11 @@ class Inbound:
         if self._protocol == "h2c" or (is_grpc(head) and head.upgrade is None):
             return self._h2
         return self._h1
+
+
+def _has_state(head: RequestHead) -> bool:
+    """Whether there is a `tracestate`, which goes on with the parent that it came with, and with no other."""
+    return any(name == b"tracestate" for name, _ in head.fields)
 
 
 def _xfcc(caller: str) -> str:

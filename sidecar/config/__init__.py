@@ -2,11 +2,16 @@
 
 Pure: it reads no file and looks up no name. `settings` are the values, `document` turns YAML into marked items,
 `places`, `decoders` and `shipping` read values and sections, `contract` says which keys there are, `contradictions` which of them exclude
-each other, `routing` finds the route of a request, and `reload` compares two configurations.
+each other, `routing` finds the route of a request, and `reload` compares two configurations. A worker has its configuration from
+its supervisor, so what reads text (3 MiB) is loaded where a text is read.
 """
 
-from sidecar.config.contract import load
-from sidecar.config.document import ConfigError, Problem
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from sidecar.config.problems import ConfigError, Problem
 from sidecar.config.reload import LIVE_KEYS, Changes, changes
 from sidecar.config.routing import RouteTable, route_for
 from sidecar.config.settings import (
@@ -62,3 +67,10 @@ __all__ = [
     "load",
     "route_for",
 ]
+
+
+def load(text: str, environ: Mapping[str, str], base: Path) -> Config:
+    """As `contract.load`."""
+    from sidecar.config import contract  # noqa: PLC0415  see above
+
+    return contract.load(text, environ, base)

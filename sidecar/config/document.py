@@ -20,7 +20,7 @@ from typing import TypeVar, cast
 
 import yaml
 
-from sidecar.errors import OperatorFault
+from sidecar.config.problems import ConfigError, Problem
 
 T = TypeVar("T")
 
@@ -39,29 +39,6 @@ _KINDS = {
 }
 _INTEGER = re.compile(r"0|[1-9][0-9]{0,17}")
 _DECIMAL = re.compile(r"(0|[1-9][0-9]{0,8})(\.[0-9]{1,9})?")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Problem:
-    """One thing to mend. `line` counts from 1; None where the file has no line for it. `path` is "" for the whole."""
-
-    path: str
-    line: int | None
-    message: str
-
-    def __str__(self) -> str:
-        where = (
-            self.path if self.line is None else f"line {self.line}: {self.path}" if self.path else f"line {self.line}"
-        )
-        return f"{where}: {self.message}" if where else self.message
-
-
-class ConfigError(OperatorFault):
-    """The configuration cannot be used; `problems` are all that was found, in the order of their lines."""
-
-    def __init__(self, problems: Iterable[Problem]):
-        self.problems = tuple(sorted(problems, key=lambda problem: (problem.line or 0, problem.path, problem.message)))
-        super().__init__("\n".join(map(str, self.problems)))
 
 
 class Wrong(Exception):

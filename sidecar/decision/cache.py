@@ -26,13 +26,14 @@ from sys import getsizeof
 from types import NoneType
 from typing import TypeAlias
 
-from sidecar.model import Allow, Decision, Deny, Direction, Inquiry
+from sidecar.model import Allow, Decision, Deny, Direction, Inquiry, maker
 
 Key: TypeAlias = tuple[Hashable, ...]
 KeyOf: TypeAlias = Callable[[Inquiry], Key]
 """Raises TypeError or RecursionError for a question that has no key."""
 FieldPath: TypeAlias = tuple[str, ...]
 
+_allow = maker(Allow)
 _TEXTS = ("caller", "caller_reason", "method", "path", "mtls_mode", "host", "protocol")
 """Texts, or None: neither is equal to anything else."""
 _SCALARS = ("tls", "port")
@@ -202,7 +203,7 @@ def repeated(decision: Decision, decision_id: str, age: float = 0.0) -> Decision
             decision_id=decision_id, revision=decision.revision, status=decision.status, reason=decision.reason,
             rule=decision.rule, response_headers=decision.response_headers, cache_ttl=ttl, repeats=decision.decision_id,
         )  # fmt: skip
-    return Allow(
+    return _allow(
         decision_id=decision_id, revision=decision.revision, reason=decision.reason, rule=decision.rule,
         request_headers=decision.request_headers, response_headers=decision.response_headers,
         credential=decision.credential, cache_ttl=ttl,

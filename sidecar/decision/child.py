@@ -64,6 +64,7 @@ class Child:
         self._configuration = configuration
         self._environment = {
             "GOMAXPROCS": str(max(1, min(workers, len(os.sched_getaffinity(0))))),
+            "GOGC": "200",  # half the collections: a tenth of OPA's time, for 6 MB
             "GOMEMLIMIT": str(max_memory_bytes),  # soft: it makes the collector work harder, and refuses nothing
         }
         if "LD_LIBRARY_PATH" in os.environ:  # some builds of Python need it to start

@@ -160,6 +160,11 @@ class Engine:
         bundle = replace(running.bundle, archive=b"", keys={})
         return Lending(socket=running.child.socket, uids=frozenset({os.getuid()}), bundle=bundle)
 
+    @property
+    def sharing(self) -> Sharing | None:
+        """Who puts questions together now; None where nobody does."""
+        return self._asked if isinstance(self._asked, Sharing) else None
+
     async def decide(self, inquiry: Inquiry) -> Decision:
         asked = self._asked
         if asked is None:

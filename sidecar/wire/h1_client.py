@@ -100,10 +100,10 @@ class H1Connection:
             fields = [*fields, (KEY, self._key)]
         encoded = h1.encode_request(head, fields, framing)
         try:
-            if framing:
-                await Outgoing(self.stream).send(encoded, body, framing)
-            else:
+            if type(body) is Incoming and body.ended:  # as most have: there is none
                 await self.stream.send_all(encoded)
+            else:
+                await Outgoing(self.stream).send(encoded, body, framing)
         except _GONE as error:
             raise MaybeSent(str(error), code="upstream_reset") from error
         self._sent = True

@@ -7,6 +7,7 @@ task but cancellation: its one catch-all is here.
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import time
@@ -26,6 +27,7 @@ from sidecar.wire.listening import Listener, accept_forever
 from sidecar.wire.network import Stream, keep_alive
 from sidecar.wire.recent import Memories
 from sidecar.wire.settling import Refused, settle
+from sidecar.wire.turns import Turns
 
 _ENDED_PATIENCE, _UNANSWERED_PATIENCE = 1.0, 5.0
 """Seconds of silence, within an answer and before it, after which a client that has ended its side counts as gone."""
@@ -76,6 +78,7 @@ class Server:
         self._lives: dict[_Life, None] = {}
         self._admission = Admission()
         self._hangups = Hangups()
+        self._turns = Turns()
         self._memories: Memories[Known] = Memories(max_heads=_MAX_HEADS, max_in_all=_MAX_HEADS_IN_ALL)
         self._accepting = False
         self._emptied = trio.Event()
@@ -100,6 +103,7 @@ class Server:
                 nursery.start_soon(self._connection, sock, listener.address, life)
 
             await nursery.start(self._hangups.run)
+            nursery.start_soon(self._turns.run)
             nursery.start_soon(self._look_out)
             try:
                 await accept_forever(listener, connected, accept_failed, max_descriptor=self.settings.max_descriptor)
@@ -152,7 +156,7 @@ class Server:
             with life.scope:
                 await self._live(sock, local, life)
             if life.scope.cancelled_caught:
-                life.ended("aborted", "reset_by_peer")
+                life.cut_off()
         except Exception as error:  # noqa: BLE001  (the one catch-all: a defect ends its connection, not the listener)
             life.failed(error)
         except BaseException:
@@ -175,18 +179,15 @@ class Server:
             life, life.remote.host,
             max_connections=settings.max_connections, max_connections_per_peer=settings.max_connections_per_peer,
         )  # fmt: skip
-        with trio.move_on_after(settings.handshake_timeout) as life.settling:
-            stream, buffer, connection = await settle(
-                sock, connection_id=life.connection_id, remote=life.remote, local=local, mode=settings.mode,
-                plaintext_peer=self._plaintext_peer, credentials=self._credentials,
-                linger_timeout=settings.limits.linger_timeout,
-            )  # fmt: skip
-        patience, life.settling = life.settling, None
-        if patience.cancelled_caught:
-            if life.evicted:
-                raise Refused("overloaded", "evicted")
-            raise Refused("handshake_failed", "handshake_timeout")
+        life.settling, life.scope.deadline = life.scope, trio.current_time() + settings.handshake_timeout
+        stream, buffer, connection = await settle(
+            sock, connection_id=life.connection_id, remote=life.remote, local=local, mode=settings.mode,
+            plaintext_peer=self._plaintext_peer, credentials=self._credentials,
+            linger_timeout=settings.limits.linger_timeout, turn=self._turns.of(life.remote.host),
+        )  # fmt: skip
         life.peer, life.stream = connection.peer, stream
+        if not life.scope.cancel_called:  # else the next wait is its last, and time was up before
+            life.settling, life.scope.deadline = None, math.inf
         try:
             self._admission.settled(
                 life, connection.peer, life.remote.host, max_connections_per_peer=settings.max_connections_per_peer
@@ -225,6 +226,15 @@ class _Life(Guest):
         self._outcome: Outcome = "served"
         self._reason: str | None = None
         self._detail: str | None = None
+
+    def cut_off(self) -> None:
+        """Its scope was cancelled: while it was being settled by its deadline or to make room, else by `hang_up`."""
+        if self.settling is None:
+            self.ended("aborted", "reset_by_peer")
+        elif self.evicted:
+            self.ended("overloaded", "evicted")
+        else:
+            self.ended("handshake_failed", "handshake_timeout")
 
     def look(self, now: float) -> None:
         """See whether the client is still there to take its answer. One that has ended its side may be, and is waited for

@@ -29,9 +29,7 @@ class Upstream:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", str(self.address))
-        object.__setattr__(
-            self, "_hash", hash((self.address, self.tls, self.allowed, self.server_name, self.protocol))
-        )
+        object.__setattr__(self, "_hash", hash((self.address, self.tls, self.allowed, self.server_name, self.protocol)))
 
     def __hash__(self) -> int:
         return self._hash

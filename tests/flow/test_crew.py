@@ -22,14 +22,13 @@ from sidecar.config import Config, Limits, OpaExternal
 from sidecar.decision.external import External
 from sidecar.errors import OperatorFault
 from sidecar.identity.current import Current
-from sidecar.model import Lending, PolicyBundle
+from sidecar.model import Address, Lending, PolicyBundle
 from sidecar.records.added import as_json
 from sidecar.records.exposition import counter, gauge
 from sidecar.supervisor import Crew
 from sidecar.wire.channel import Channel
 from sidecar.wire.listening import bound
 from sidecar.wire.queues import shared_out
-from sidecar.model import Address
 from support.flow import PairNetwork
 
 KEY = "inbound[0].listen"

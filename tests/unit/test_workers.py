@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -122,3 +126,33 @@ def test_while_anybody_is_ready_each_queue_is_accepted_from_and_nobody_is_idle(q
     assert all(found.values())
     if queues >= workers == len(ready):
         assert sum(map(len, found.values())) == queues, "then no two share one"
+
+
+# ── what is in memory ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def loaded(program: str) -> set[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", f"import json, sys, {program}; print(json.dumps(list(sys.modules)))"],
+        capture_output=True, text=True, check=True, timeout=60,
+    )  # fmt: skip
+    return set(json.loads(done.stdout))
+
+
+def test_one_process_alone_loads_nothing_of_workers():
+    assert not loaded("sidecar.process, sidecar.traffic") & {
+        "sidecar.supervisor", "sidecar.worker", "sidecar.worker_process", "sidecar.orders", "sidecar.intake",
+        "sidecar.wire.channel",
+    }  # fmt: skip
+
+
+def test_a_supervisor_carries_no_requests_and_a_worker_owns_nothing():
+    assert not loaded("sidecar.process, sidecar.supervisor") & {
+        "sidecar.traffic",
+        "sidecar.inbound",
+        "sidecar.outbound",
+    }
+    assert not loaded("sidecar.worker") & {
+        "sidecar.app", "sidecar.supply", "sidecar.decision.engine", "sidecar.bundles.relay",
+        "sidecar.identity.pem_files", "sidecar.management.health", "yaml", "cryptography", "httpx",
+    }  # fmt: skip

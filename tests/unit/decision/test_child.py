@@ -63,7 +63,7 @@ async def test_it_is_given_its_flags_and_none_of_our_environment(
     assert flags.startswith(f"run --server --addr unix://{tmp_path}/opa.sock --unix-socket-perm 600 ")
     assert "--skip-version-check" in flags
     named = {line.partition("=")[0] for line in (tmp_path / "environment").read_text().splitlines()}
-    assert named <= {"GOMAXPROCS", "GOMEMLIMIT", "PWD", "SHLVL", "_", "OLDPWD", "LC_CTYPE"}
+    assert named <= {"GOGC", "GOMAXPROCS", "GOMEMLIMIT", "PWD", "SHLVL", "_", "OLDPWD", "LC_CTYPE"}
     assert f"GOMAXPROCS={len(os.sched_getaffinity(0))}\n" in (tmp_path / "environment").read_text()
     assert "GOMEMLIMIT=12345\n" in (tmp_path / "environment").read_text()
     assert (tmp_path / "pwd").read_text().strip() == str(tmp_path)

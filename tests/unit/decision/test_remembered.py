@@ -15,6 +15,7 @@ import trio.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sidecar.bundles.freshness import FreshOnly
 from sidecar.decision.cache import Bounds, FieldPath
 from sidecar.decision.inquiry import OURS, question
 from sidecar.decision.remembered import Remembered
@@ -232,6 +233,19 @@ async def test_how_long_is_for_the_answer_to_say(
     assert len(opa.asked) == asked
 
 
+async def test_a_policy_that_is_too_old_closes_for_what_is_kept_too(autojump_clock: trio.testing.MockClock) -> None:
+    opa, stale = Opa(), False
+    async with remembering(opa) as remembered:
+        point = FreshOnly(remembered, lambda: stale)
+        await point.decide(asking("/a"))
+        stale = True
+        with pytest.raises(NoDecision) as caught:
+            await point.decide(asking("/a"))
+        assert caught.value.code == "policy_stale"
+        stale = False
+        assert (await point.decide(asking("/a"))).repeats == "asked-1"
+
+
 # ── at the same time ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -392,6 +406,25 @@ async def test_tasks_are_used_again(autojump_clock: trio.testing.MockClock) -> N
             assert point._nursery is not None
             assert len(point._nursery.child_tasks) == len(point._idle) == 64
     assert len(opa.asked) == 600
+
+
+async def test_where_nothing_comes_again_little_is_kept_until_something_does(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    opa = Opa()
+    opa.seconds = 0
+    async with remembering(opa, Bounds(max_entries=10_000, max_bytes=1 << 30)) as point:
+        for number in range(2048):
+            await point.decide(asking(f"/{number}"))
+        assert point.use.entries == 1023 + 1025 // 16 + 1
+        assert (await point.decide(asking("/7"))).repeats is not None  # what is kept is found all the same
+        for number in range(2049):
+            await point.decide(asking(f"/again/{number % 100}"))
+        hits = point.use.hits
+        for number in range(100):
+            await point.decide(asking(f"/again/{number}"))
+        assert point.use.hits == hits + 100
+        assert point.use.hits + point.use.misses == 2048 + 1 + 2049 + 100
 
 
 # ── bundles ───────────────────────────────────────────────────────────────────────────────────────────────────────
