@@ -9,30 +9,41 @@ server.
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 import sys
 from collections.abc import Callable, Sequence
-from importlib import metadata
+from contextlib import suppress
 from pathlib import Path
 
+from sidecar import __version__
 from sidecar.cli import bundle, check, opa, policy, rollout, run
 from sidecar.config import ConfigError
 from sidecar.errors import OperatorFault
-
-DISTRIBUTION = "policy-sidecar"
 
 
 def main(arguments: Sequence[str]) -> int:
     parsed = parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], int] = parsed.command
     try:
-        return command(parsed)
+        code = command(parsed)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # else what cannot be told is noticed when nobody is left to say so
+        return code
     except ConfigError as error:
         for line in located(error, parsed.config):
             print(line, file=sys.stderr)
     except OperatorFault as error:
-        print(f"sidecar: {error}", file=sys.stderr)
+        print("\n".join(bundle.harmless(line) for line in f"sidecar: {error}".split("\n")), file=sys.stderr)
     except KeyboardInterrupt:
         print("sidecar: interrupted", file=sys.stderr)
+    except BrokenPipeError:
+        _discard_output()  # whoever reads it has read enough
+    except OSError as error:
+        if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+            raise
+        _discard_output()
+        print(f"sidecar: {error.strerror}", file=sys.stderr)
     return 1
 
 
@@ -40,18 +51,17 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="sidecar", description="SPIFFE mTLS beside an agent, with every request decided by the local OPA."
     )
-    top.add_argument("--version", action="version", version=f"sidecar {version()}")
+    top.add_argument("--version", action="version", version=f"sidecar {__version__}")
     groups = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for group in (run, check, bundle, rollout, policy, opa):
         group.add(groups)
     return top
 
 
-def version() -> str:
-    try:
-        return metadata.version(DISTRIBUTION)
-    except metadata.PackageNotFoundError:
-        return "unknown (not installed)"
+def _discard_output() -> None:
+    """What is left in the buffer would be tried again when the interpreter ends, and complained of then."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def located(error: ConfigError, file: Path) -> list[str]:

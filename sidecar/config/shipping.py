@@ -45,6 +45,7 @@ class Shipping:
             self._note(section, "report", "needs a server as source: there is nobody to report to")
         if policy.shadow and policy.shadow.source is None and not isinstance(policy.source, Remote):
             self._note(section, "shadow", "needs a source of its own where policy.source is not a server")
+        self._draft.asks_as_envoy = policy.input == "envoy"
         section.close()
         return policy
 
@@ -61,6 +62,7 @@ class Shipping:
         )
         if not section.has("file") and not section.has("service"):
             raise Wrong("names neither file nor service: nothing would be kept")
+        self._draft.masked = log.mask
         section.close()
         return log
 

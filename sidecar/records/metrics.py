@@ -30,6 +30,7 @@ from sidecar.model import (
     Workload,
 )
 from sidecar.records.codes import NONE, OTHER, label
+from sidecar.records.decision_log import Account
 from sidecar.records.live_table import LiveTable
 
 BOUNDS = (0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0)
@@ -46,7 +47,8 @@ _MAX_EVENTS = 256
 class Metrics:
     """What is counted while running. `directions` are shown from the start, so that a first event is an increase.
 
-    `connections` tells how many are open for each listener, `dropped` how many lines of log were lost.
+    `connections` tells how many are open for each listener, `dropped` how many lines of log were lost, `kept` what became of
+    decisions that are kept, None where none are.
     """
 
     def __init__(
@@ -56,11 +58,13 @@ class Metrics:
         directions: Iterable[Direction],
         connections: Callable[[], Mapping[str, int]],
         dropped: Callable[[], int],
+        kept: Callable[[], Account | None] = lambda: None,
     ) -> None:
         self._live = live
         self._directions = tuple(directions)
         self._open_connections = connections
         self._dropped = dropped
+        self._kept = kept
         self._process = ProcessCollector(registry=None)
         self._exchanges: dict[tuple[str, ...], int] = {}
         self._errors: dict[tuple[str, ...], int] = {}
@@ -107,7 +111,7 @@ class Metrics:
 
     def exposition(self, status: Status) -> tuple[bytes, bytes]:
         """Return content type and body of what a scraper gets (text format 0.0.4)."""
-        families = (*self._traffic(), *_state(status), *self._process.collect())
+        families = (*self._traffic(), *_decision_log(self._kept()), *_state(status), *self._process.collect())
         return CONTENT_TYPE_PLAIN_0_0_4.encode(), generate_latest(_Families(families))
 
     def _traffic(self) -> Iterator[Metric]:
@@ -202,6 +206,27 @@ def _gauges(name: str, meaning: str, labels: tuple[str, ...], values: Mapping[tu
     for key, value in values.items():
         family.add_metric(key, value)
     return family
+
+
+def _decision_log(account: Account | None) -> Iterator[Metric]:
+    if account is None:
+        return
+    events = {"uploaded": account.uploaded, "dropped": account.dropped, "failed": account.failed}
+    uploads = {"taken": account.uploads, "failed": account.failed_uploads}
+    yield _counters(
+        "sidecar_decision_log_events", "What became of decisions that were to be kept.", ("result",),
+        {(result,): number for result, number in events.items()},
+    )  # fmt: skip
+    yield _counters(
+        "sidecar_decision_log_uploads", "Batches sent to the service.", ("result",),
+        {(result,): number for result, number in uploads.items()},
+    )  # fmt: skip
+    yield GaugeMetricFamily(
+        "sidecar_decision_log_waiting_events", "Events that the service has not taken yet.", value=account.waiting
+    )
+    yield GaugeMetricFamily(
+        "sidecar_decision_log_waiting_bytes", "What they take of memory.", value=account.waiting_bytes
+    )
 
 
 def _state(status: Status) -> Iterator[Metric]:

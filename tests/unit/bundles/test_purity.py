@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sidecar.bundles import purity
+from sidecar.bundles import opa_command, purity
 from sidecar.bundles.purity import ENTRYPOINTS, PURE_BUILTINS
 from sidecar.bundles.release import Purity
 from sidecar.errors import OperatorFault
@@ -151,7 +151,7 @@ def test_an_opa_that_is_not_there_or_does_not_end_is_a_fault(
 ) -> None:
     with pytest.raises(OperatorFault, match="No such file"):
         proof(tmp_path / "missing", tmp_path, inbound("decision := true"))
-    monkeypatch.setattr(purity, "_OPA_TIMEOUT", 0.0001)
+    monkeypatch.setattr(opa_command, "TIMEOUT", 0.0001)
     with pytest.raises(OperatorFault, match="no end in"):
         proof(opa, tmp_path, inbound("decision := true"))
 
