@@ -292,7 +292,8 @@ class App:
             if self._access is not None:
                 self._access.reopen()
             if isinstance(self._decisions, Supply):
-                await self._reload_policy(self._decisions, new)  # the last that can fail: it is in force when it returns
+                # The last that can fail, since it is in force when it returns.
+                await self._reload_policy(self._decisions, new)
         except OperatorFault as fault:  # a `ConfigError` tells all its problems at once
             self._event("config.reload_refused", "error", code=fault.code, detail=str(fault))
             return
