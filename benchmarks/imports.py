@@ -30,6 +30,8 @@ MODULES = (
     "cryptography.x509",
     "sidecar.app",
     "httpx",
+    "requests",
+    "opa_client",
 )
 REPEATS = 3
 

@@ -155,8 +155,9 @@ class App:
         self._live = LiveTable()
         serving = self._serving = Serving(log=self._event, counted=self._happened)
         self._metrics = Metrics(
-            live=self._live, directions=("inbound", "outbound"), connections=serving.open_connections, dropped=lost
-        )
+            live=self._live, directions=("inbound", "outbound"), connections=serving.open_connections, dropped=lost,
+            kept=lambda: self._decision_log.account() if self._decision_log is not None else None,
+        )  # fmt: skip
         self._records = Records(self._metrics, access.write if access is not None else None)
         self._client = Client(network, self._presented.in_use, parts.client_settings(config), log=self._event)
         self._decisions = self._decision_point(config)
@@ -342,10 +343,11 @@ class App:
             if known is not None:
                 presented.check(known.reading.identity)
             await self._hands.prepare(new)
-            if isinstance(self._decisions, Supply):
-                await self._reload_policy(self._decisions, new)
             if self._access is not None:
                 self._access.reopen()
+            if isinstance(self._decisions, Supply):
+                # The last that can fail, since it is in force when it returns.
+                await self._reload_policy(self._decisions, new)
         except OperatorFault as fault:  # a `ConfigError` tells all its problems at once
             await self._hands.abandon()
             self._event("config.reload_refused", "error", code=fault.code, detail=str(fault))

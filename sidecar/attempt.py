@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from sidecar.config import Rate
 from sidecar.errors import ClientFault, PlaintextOnly, RateLimited
-from sidecar.model import Fields, Inquiry, Permit, RequestHead, Response, Workload
+from sidecar.model import Connection, Fields, Inquiry, Permit, RequestHead, Response, Workload
 from sidecar.wire import headers
 from sidecar.wire.target import query_pairs
 from sidecar.wire.upstream import Upstream
@@ -120,6 +120,15 @@ def not_connect(head: RequestHead) -> None:
     """Raise `ClientFault` for CONNECT: it has no target that could be sent on, and no tunnel waits behind it."""
     if head.method == "CONNECT":
         raise ClientFault(code="connect_unsupported", public="CONNECT is not available here", status=501)
+
+
+def not_elsewhere(connection: Connection, head: RequestHead) -> None:
+    """Raise `ClientFault` (421) where the client asked for another host when it connected (SNI) than it does now."""
+    if connection.server_name is not None and head.host != connection.server_name:
+        raise ClientFault(
+            f"{head.host} was asked of {connection.server_name}",
+            code="authority_mismatch", public="this connection was made for another host", status=421,
+        )  # fmt: skip
 
 
 _NOT_TUNNELLED = ("http", "tls", "h2")

@@ -85,8 +85,9 @@ class FleetApp:
         self._live = LiveTable()
         self._serving = Serving(log=self._event, counted=self._happened)
         self._metrics = Metrics(
-            live=self._live, directions=("fleet",), connections=self._serving.open_connections, dropped=lost
-        )
+            live=self._live, directions=("fleet",), connections=self._serving.open_connections, dropped=lost,
+            kept=lambda: self._decision_log.account() if self._decision_log is not None else None,
+        )  # fmt: skip
         self._records = Records(self._metrics, access.write if access is not None else None)
         self._client = Client(network, self._presented.in_use, parts.client_settings(shared), log=self._event)
         self._decisions = self._decision_point(network)
@@ -115,7 +116,10 @@ class FleetApp:
             limits = Limits(
                 bounds=Bounds(max_archive_bytes=self.config.max_archive_bytes), forget_after=self.config.forget_after
             )
-            fleet = Fleet(terms, state=state, store=store, log=self._event, limits=limits)
+            fleet = Fleet(
+                terms, state=state, store=store, log=self._event, limits=limits,
+                in_force=lambda: self._decisions.bundle_revision,
+            )  # fmt: skip
         except OperatorFault:
             self._listeners.close()
             raise
@@ -146,11 +150,20 @@ class FleetApp:
         async for number in signals:
             if number != signal.SIGHUP:
                 self._stopping.cancel()
-            elif self._access is not None:
-                try:
-                    self._access.reopen()
-                except OperatorFault as fault:
-                    self._event("config.reload_refused", "error", code=fault.code, detail=str(fault))
+            else:
+                self._reopen()
+
+    def _reopen(self) -> None:
+        try:
+            if self._access is not None:
+                self._access.reopen()
+        except OperatorFault as fault:
+            self._event("config.reload_refused", "error", code=fault.code, detail=str(fault))
+        else:
+            self._event(
+                "log.reopened",
+                detail="identity files and the source of policy are watched; everything else needs a restart",
+            )
 
     async def _start(self, nursery: trio.Nursery, fleet: Fleet) -> None:
         await fleet.start()

@@ -11,9 +11,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from urllib.parse import quote
 
-from sidecar.attempt import Attempt, Bucket, Ids, Seen, is_grpc, not_connect, offered, sendable
+from sidecar.attempt import Attempt, Bucket, Ids, Seen, is_grpc, not_connect, not_elsewhere, offered, sendable
 from sidecar.config import AgentUpstream, Rate
-from sidecar.errors import ClientFault
 from sidecar.model import Anonymous, Connection, Direction, Inquiry, Mode, Request, RequestHead, Workload, maker
 from sidecar.wire import headers
 from sidecar.wire.upstream import Upstream
@@ -88,11 +87,7 @@ class Inbound:
         if head.upgrade is not None:
             head = offered(head)
         not_connect(head)
-        if connection.server_name is not None and head.host != connection.server_name:
-            raise ClientFault(
-                f"{head.host} was asked of {connection.server_name}",
-                code="authority_mismatch", public="this connection was made for another host", status=421,
-            )  # fmt: skip
+        not_elsewhere(connection, head)
         headers.via_loops(head.fields, self._pseudonym)
         caller = str(connection.peer.id) if isinstance(connection.peer, Workload) else None
         upstream = self._upstream(head)

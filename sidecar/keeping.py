@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import trio
 
 from sidecar import servers
 from sidecar.config import Config, Remote
 from sidecar.decision.envoy import words
-from sidecar.model import Decided
-from sidecar.records.decision_log import DecisionLog, Post, Rotated, Upload
+from sidecar.decision.inquiry import Contract
+from sidecar.model import Decided, Inquiry
+from sidecar.records.decision_log import Account, DecisionLog, Post, Rotated, Upload
 from sidecar.wire.client import Client
 
 _FLUSH_INTERVAL = 0.5
@@ -31,22 +34,29 @@ class Keeping:
         self._upload = (
             Upload(_post(kept.service, client), kept.max_buffer_bytes, log) if kept.service is not None else None
         )
-        path = words(config.policy.decision if config.policy and config.policy.input == "envoy" else None).path
+        by_envoy = config.policy is not None and config.policy.input == "envoy"
+        contract = words(config.policy.decision if config.policy is not None and by_envoy else None)
         self._takers = takers = [taker for taker in (self._file, self._upload) if taker is not None]
         self.labels = {**config.labels, "id": os.urandom(8).hex()}
-        self.decided: Callable[[Decided], None] = DecisionLog(
-            takers, path=path, labels=self.labels, mask=kept.mask
-        ).decided
+        self._log = DecisionLog(
+            takers, path=contract.path, labels=self.labels, mask=kept.mask,
+            question=partial(_asked, contract) if by_envoy else None,
+        )  # fmt: skip
+        self.decided: Callable[[Decided], None] = self._log.decided
 
     def take(self, line: bytes) -> None:
         """Keep an event that was made elsewhere, with these labels."""
         for taker in self._takers:
             taker.write(line)
 
-    @property
-    def dropped(self) -> int:
-        """Events that were lost."""
-        return sum(one.dropped for one in (self._file, self._upload) if one is not None)
+    def account(self) -> Account:
+        upload, lost = self._upload, self._file.dropped if self._file is not None else 0
+        if upload is None:
+            return Account(failed=self._log.failed, dropped=lost)
+        return Account(
+            failed=self._log.failed, dropped=lost + upload.dropped, uploaded=upload.uploaded, uploads=upload.uploads,
+            failed_uploads=upload.failed_uploads, waiting=upload.waiting, waiting_bytes=upload.waiting_bytes,
+        )  # fmt: skip
 
     async def run(self) -> None:
         """Ends by cancellation."""
@@ -64,6 +74,12 @@ class Keeping:
         if self._upload is not None:
             with trio.move_on_after(_LAST_WORDS, shield=True):
                 await self._upload.send()
+
+
+def _asked(contract: Contract, inquiry: Inquiry) -> Mapping[str, object]:
+    """What OPA was asked: what is kept can be asked again, of the same rules. Raises `NoDecision`."""
+    asked: Mapping[str, object] = json.loads(contract.question(inquiry))["input"]
+    return asked
 
 
 def _post(service: Remote, client: Client) -> Post:

@@ -370,6 +370,8 @@ class Allow:
     reason: str | None = None
     rule: str | None = None
     request_headers: Mapping[str, str] = field(default_factory=lambda: NOTHING)
+    request_headers_removed: frozenset[bytes] = frozenset()
+    """Folded names (`headers.fold`) of what the caller sent and the upstream shall not see."""
     response_headers: Mapping[str, str] = field(default_factory=lambda: NOTHING)
     credential: str | None = None
     cache_ttl: float | None = None

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -22,17 +21,17 @@ from pathlib import Path
 from types import MappingProxyType
 
 from sidecar.bundles import archive as archives
-from sidecar.bundles import documents, literal, purity, release
+from sidecar.bundles import documents, literal, opa_command, purity, release
 from sidecar.bundles.archive import DATA, MANIFEST, Bundle
 from sidecar.bundles.documents import NotBuilt
 from sidecar.bundles.release import Purity
+from sidecar.errors import OperatorFault
 
 __all__ = ["NotBuilt", "Sources", "Stamp", "build", "files", "key_pair", "library", "time_text", "written"]
 
 TEAM = "team"
 BATCH = "sidecar/batch/batch.rego"
 _TEAM_NAME = re.compile(r"[a-z][a-z0-9_]{0,62}")
-_OPA_TIMEOUT = 120.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,7 +143,10 @@ def _rules(sources: Sources) -> tuple[dict[str, bytes], list[str]]:
             raise NotBuilt(f"{sources.policies / taken[0]}: its place belongs to the overlay {team}")
         if TEAM not in roots:
             roots.append(f"{TEAM}/{team}")
-        files.update((f"{TEAM}/{team}/{name}", content) for name, content in _rego(directory))
+        theirs = dict(_rego(directory))
+        if not theirs and not any(directory.glob("data.*")):
+            raise NotBuilt(f"{directory}: the overlay {team} is empty: what it was to refuse would be let through")
+        files.update((f"{TEAM}/{team}/{name}", content) for name, content in theirs.items())
     if not files:
         raise NotBuilt(f"{sources.policies}: there are no rules (*.rego)")
     return files, roots
@@ -257,24 +259,10 @@ def _write(stage: Path, files: Mapping[str, bytes]) -> None:
 
 
 def _run(opa: Path, stage: Path, *arguments: str) -> str:
-    command = [str(opa.resolve()), *arguments]
     try:
-        done = subprocess.run(
-            command,
-            cwd=stage,
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=_OPA_TIMEOUT,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise NotBuilt(f"opa {arguments[0]}: no end in {_OPA_TIMEOUT:g} s") from error
-    except OSError as error:
-        raise NotBuilt(f"{opa}: {error.strerror}") from error
-    if done.returncode:
-        raise NotBuilt(f"opa {arguments[0]}: {(done.stderr or done.stdout).strip()}")
-    return done.stdout
+        return opa_command.said(opa, stage, *arguments)
+    except OperatorFault as fault:
+        raise NotBuilt(str(fault)) from fault
 
 
 def written(archive: Path, bundle: Bundle) -> None:

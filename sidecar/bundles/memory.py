@@ -1,8 +1,9 @@
 """What a sidecar must not forget about policy: the highest release that it accepted, and the last bundle that ran.
 
 Both lie in a directory of the state that is its owner's alone. A file is written beside the old one, brought to the disk and
-renamed, so that a kill leaves the old or the new and never half; the bundle goes first, since a bundle newer than the
-memory is accepted at the next start, and one older is a downgrade. Two processes may overlap (a restart without a lost
+renamed, so that a kill leaves the old or the new and never half. The bundle goes first, since a bundle newer than the
+memory is accepted at the next start; one that it was sent back to goes last, since without the memory of that it is a
+downgrade. Two processes may overlap (a restart without a lost
 request): a lock makes them take turns, neither forgets what the other has seen, and what is kept to start from is never
 older than what is remembered allows.
 """
@@ -65,11 +66,12 @@ class Memory:
         try:
             with self._locked():
                 before = self.held()
-                now = release.newest(before, held) or held
-                if (now.serial, now.digest) == (held.serial, held.digest):
-                    self._write(_LAST_GOOD, archive)
+                now = release.joined(before, held) or held
+                writing = [(_LAST_GOOD, archive)] if (now.serial, now.digest) == (held.serial, held.digest) else []
                 if now != before:
-                    self._write(_HELD, json.dumps(release.to_json(now)).encode())
+                    writing.append((_HELD, json.dumps(release.to_json(now)).encode()))
+                for name, content in writing if now.returned_to is None else reversed(writing):
+                    self._write(name, content)
         except OSError as error:
             raise self._unusable(error.strerror) from error
         return now

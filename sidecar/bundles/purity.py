@@ -10,13 +10,12 @@ verifiers of certificates, which read the clock, and a new version may bring mor
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeAlias, cast
 
+from sidecar.bundles import opa_command
 from sidecar.bundles.release import FieldPath, Purity
-from sidecar.errors import OperatorFault
 
 Json: TypeAlias = "dict[str, Json] | list[Json] | str | int | float | bool | None"
 RulePath: TypeAlias = tuple[str, ...]
@@ -54,7 +53,6 @@ _SAME_TOGETHER = """
 BATCH_BUILTINS = PURE_BUILTINS | frozenset(_SAME_TOGETHER.split())
 """What may be called where several questions share a query: the clock too, which is that of the query. Not what waits for
 somebody else (`http.send`, the resolver), nor what OPA draws once in a query and repeats (`rand.intn`, `uuid.rfc4122`)."""
-_OPA_TIMEOUT = 120.0
 
 
 def proofs(opa: Path, directory: Path, entrypoints: Iterable[str] = ENTRYPOINTS) -> Mapping[str, Purity]:
@@ -145,21 +143,4 @@ def _builtins(opa: Path) -> frozenset[str]:
 
 
 def _opa(opa: Path, directory: Path | None, *arguments: str) -> Json:
-    command = [str(opa.resolve()), *arguments]
-    try:
-        done = subprocess.run(
-            command,
-            cwd=directory,
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=_OPA_TIMEOUT,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise OperatorFault(f"opa {arguments[0]}: no end in {_OPA_TIMEOUT:g} s", code="policy_invalid") from error
-    except OSError as error:
-        raise OperatorFault(f"{opa}: {error.strerror}", code="policy_invalid") from error
-    if done.returncode:
-        raise OperatorFault(f"opa {arguments[0]}: {(done.stderr or done.stdout).strip()}", code="policy_invalid")
-    return cast("Json", json.loads(done.stdout))
+    return cast("Json", json.loads(opa_command.said(opa, directory, *arguments)))

@@ -224,7 +224,7 @@ class Relay:
     async def _take(self, verified: Verified, origin: str) -> None:
         release, digest = verified.release, verified.digest
         # Another process of ours may have seen more since we looked.
-        self._held = releases.newest(await trio.to_thread.run_sync(self._memory.held), self._held)
+        self._held = releases.joined(await trio.to_thread.run_sync(self._memory.held), self._held)
         held = releases.accept(release, digest, self._held, now=self._clock(), minimum_serial=self.terms.minimum_serial)
         if self.running is not None and self._good is not None and self.running.digest == digest:
             if verified.signatures == self._good.signatures:

@@ -3,8 +3,9 @@
 OPA accepts any bundle whose signature holds, an old one too. So each carries a `serial` that only grows, and a sidecar
 remembers the highest that it has accepted. It goes back only to a serial that the *highest* one names (`may_return_to`),
 and only until `return_until`: a fleet can be sent back by whoever serves bundles, without a key, within what the release
-allowed when it was signed, and never by replaying what was signed before. After `return_until` a sidecar that starts
-needs something newer: whoever sends a fleet back has until then to release it.
+allowed when it was signed, and never by replaying what was signed before. `return_until` ends the going back, not what has
+gone back by then: that runs on, and starts again after a restart, until something higher is accepted. Whoever did not go
+back in time, or has gone on since, does not any more.
 
     offered                          held: highest H (its digest, its returns), running R
     ─────────────────────────────────────────────────────────────────────────────────────────
@@ -13,7 +14,8 @@ needs something newer: whoever sends a fleet back has until then to release it.
     serial > H                       accepted; H becomes it
     serial = H, the same digest      accepted (the way back from a return, too)
     serial = H, another digest       refused: serial_reused
-    serial < H, H names it, in time  accepted; H stays
+    serial < H, H names it, in time  accepted; H stays, and what it went back to is remembered
+    what it went back to, later      accepted, while nothing else has been since
     serial < H, else                 refused: downgrade
 """
 
@@ -77,6 +79,8 @@ class Held:
     """Of all that were accepted: what freshness is counted from."""
     may_return_to: frozenset[int] = frozenset()
     return_until: float | None = None
+    returned_to: str | None = None
+    """The digest of what it allowed the return to, and what was accepted last; None where that is the release itself."""
 
 
 Standing: TypeAlias = Literal["fresh", "stale"]
@@ -136,10 +140,12 @@ def accept(offered: Release, digest: str, held: Held | None, *, now: float, mini
     if offered.serial == held.serial:
         if digest != held.digest:
             raise _refused("bundle_serial_reused", f"serial {offered.serial} was another bundle before")
+        return replace(held, returned_to=None)
+    if digest == held.returned_to:
         return held
     if offered.serial in held.may_return_to and held.return_until is not None:
         if now < held.return_until:
-            return held
+            return replace(held, returned_to=digest)
         raise _refused(
             "bundle_downgrade", f"serial {held.serial} allowed the return to {offered.serial}, and no longer does"
         )
@@ -159,6 +165,14 @@ def newest(one: Held | None, other: Held | None) -> Held | None:
     return replace(higher, newest_created=max(one.newest_created, other.newest_created))
 
 
+def joined(remembered: Held | None, ours: Held | None) -> Held | None:
+    """`newest` of what is remembered and what this process knows. What it went back to last it knows best itself."""
+    both = newest(remembered, ours)
+    if both is None or ours is None or (both.serial, both.digest) != (ours.serial, ours.digest):
+        return both
+    return replace(both, returned_to=ours.returned_to)
+
+
 def standing(held: Held, *, now: float, max_policy_age: float | None) -> Standing:
     """Whether the newest signed time is recent enough. That the source answers says nothing: it may answer with old news."""
     return "stale" if max_policy_age is not None and now - held.newest_created > max_policy_age else "fresh"
@@ -167,7 +181,7 @@ def standing(held: Held, *, now: float, max_policy_age: float | None) -> Standin
 def to_json(held: Held) -> dict[str, object]:
     return {
         "serial": held.serial, "digest": held.digest, "newest_created": held.newest_created,
-        "may_return_to": sorted(held.may_return_to), "return_until": held.return_until,
+        "may_return_to": sorted(held.may_return_to), "return_until": held.return_until, "returned_to": held.returned_to,
     }  # fmt: skip
 
 
@@ -176,12 +190,12 @@ def from_json(value: object) -> Held:
     try:
         if not isinstance(value, dict):
             raise TypeError("not an object")
-        until = value["return_until"]
+        until, back = value["return_until"], value["returned_to"]
         return Held(
             serial=_whole(value["serial"]), digest=_text(value["digest"]),
             newest_created=_seconds(value["newest_created"]),
             may_return_to=frozenset(_whole(one) for one in value["may_return_to"]),
-            return_until=None if until is None else _seconds(until),
+            return_until=None if until is None else _seconds(until), returned_to=None if back is None else _text(back),
         )  # fmt: skip
     except (KeyError, TypeError) as error:
         raise ValueError(f"not what was remembered: {error}") from error

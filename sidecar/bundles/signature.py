@@ -140,6 +140,8 @@ def _header(head: str) -> dict[str, object]:
         raise _invalid(f"its header cannot be read: {error}") from error
     if "crit" in header:
         raise _invalid("it has a critical header that is not understood")
+    if header.get("kid", "") is None:
+        raise _invalid("its kid is not text")  # OPA would say so later
     return header
 
 

@@ -162,7 +162,7 @@ class Server:
                 held = trio.current_time() - asked_at >= _HELD_AFTER
                 self._pause = 0.0 if held else min(max(_FIRST_PAUSE, 2 * self._pause), _MAX_PAUSE)
             if answer.status == 200:
-                self._etag = answer.etag if _ETAG.fullmatch(answer.etag) else ""
+                self._etag = entity_tag(answer.etag)
                 if not self._etag:
                     self._pause = _MAX_PAUSE  # it cannot be asked for what is newer
                 return [Offer(read=partial(_same, answer.archive), origin=self.name)]
@@ -174,6 +174,11 @@ class Server:
     def _failed(self, reason: str, *, code: str) -> OperatorFault:
         self._backoff = min(max(_FIRST_BACKOFF, 2 * self._backoff), _MAX_BACKOFF)
         return OperatorFault(reason, code=code)
+
+
+def entity_tag(text: str) -> str:
+    """What may be said back to whoever gave this tag: the tag, or nothing where it is none."""
+    return text if _ETAG.fullmatch(text) else ""
 
 
 def contents(path: Path, bounds: Bounds) -> bytes:

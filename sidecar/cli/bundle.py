@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from sidecar.cli import serve
+from sidecar.cli import harmless, serve
 from sidecar.errors import OperatorFault
 
 if TYPE_CHECKING:
@@ -142,8 +142,11 @@ def _verify(arguments: argparse.Namespace) -> int:
 
     keys = {name: _key(*key) for name, key in once("--key", arguments.key).items()}
     bundle = _read(arguments.bundle)
-    key_id = signature.verify(bundle, keys, arguments.scope)
-    said = release.release(bundle)
+    try:
+        key_id = signature.verify(bundle, keys, arguments.scope)
+        said = release.release(bundle)
+    except OperatorFault as fault:
+        raise OperatorFault(f"{arguments.bundle}: {fault}", code=fault.code) from fault
     print(
         f"{arguments.bundle}: signed with {key_id} for scope {arguments.scope}; revision {said.revision}, serial {said.serial}"
     )
@@ -155,15 +158,19 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
     bundle = _read(arguments.bundle)
     if arguments.json:
+        try:
+            manifest = json.loads(canonical.encode(bundle.manifest))
+        except ValueError as error:  # a number of thousands of digits
+            raise OperatorFault(f"{arguments.bundle}: {error}", code="bundle_malformed") from error
         told = {
             "digest": signature.content_digest(bundle), "signed": bundle.signatures is not None,
-            "manifest": json.loads(canonical.encode(bundle.manifest)),
+            "manifest": manifest,
             "files": {name: signature.digest(name, content) for name, content in sorted(bundle.files.items())},
         }  # fmt: skip
         print(json.dumps(told, indent=2))
         return 0
     for line in _summary(bundle):
-        print(line)
+        print(harmless(line))  # nobody vouches for it
     for name, content in sorted(bundle.files.items()):
         print(f"  {len(content):>9,}  {name}")
     return 0
@@ -183,7 +190,7 @@ def _diff(arguments: argparse.Namespace) -> int:
             _lines(name, before), _lines(name, after), f"{arguments.old}:{name}", f"{arguments.new}:{name}", lineterm=""
         ):
             told = True
-            print(_harmless(line))
+            print(harmless(line))
         if not told and before is None:
             print(f"{name} is new, and empty")
         elif not told and after is None:
@@ -248,11 +255,6 @@ def _laid_out(value: Value, at: str = "", end: str = "") -> Iterator[str]:
     for index, (start, one) in enumerate(items, 1):
         yield from _laid_out(one, start, "," if index < len(items) else "")
     yield f"{inner[2:]}{closing}{end}"
-
-
-def _harmless(line: str) -> str:
-    """What a terminal would obey, and half characters that it cannot show, become visible."""
-    return "".join(one if one.isprintable() or one == "\t" else ascii(one)[1:-1] for one in line)
 
 
 def _read(path: Path) -> Bundle:

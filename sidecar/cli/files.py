@@ -18,6 +18,7 @@ from sidecar.bundles import archive, release, signature, sources
 from sidecar.bundles.archive import Bounds, Bundle
 from sidecar.bundles.release import Release
 from sidecar.bundles.signature import VerifyingKey
+from sidecar.config.fleet import FleetConfig
 from sidecar.errors import OperatorFault
 from sidecar.identity import pem_files
 
@@ -51,12 +52,7 @@ class Report:
         if policy is None:
             self.facts.append("policy    loaded by whoever runs OPA; its signature is not verified by us")
             return
-        keys: dict[str, VerifyingKey] = {}
-        for name, key in policy.keys.items():
-            try:
-                keys[name] = check_key(key)
-            except OperatorFault as error:
-                self.problems.append(f"policy.keys.{name}.file: {key.file}: {error}")
+        keys = self._keys("policy", policy.keys)
         where = f"scope {policy.scope}, signed by {' or '.join(policy.keys)}"
         if isinstance(policy.source, config.Remote):
             self.facts.append(f"policy    {policy.source.url}, {where}; the server is not asked here")
@@ -64,6 +60,31 @@ class Report:
             said, key_id = found
             self.facts.append(f"policy    {policy.source}, {where}")
             self.facts.append(f"policy    revision {said.revision}, serial {said.serial}, signed with {key_id}")
+
+    def served(self, checked: FleetConfig) -> None:
+        """What a bundle server hands out, and what it keeps its state in."""
+        for name, bundle in checked.bundles.items():
+            self._keys(f"bundles.{name}", bundle.keys)
+            self.facts.append(f"bundle    {name}, scope {bundle.scope}, signed by {' or '.join(bundle.keys)}")
+        if (password := checked.database.password) is not None:
+            try:
+                _check_regular(password)
+                password.read_text("utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                why = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else "is not UTF-8"
+                self.problems.append(f"database.password: {password}: {why}")
+            except OperatorFault as error:
+                self.problems.append(f"database.password: {password}: {error}")
+
+    def _keys(self, section: str, named: Mapping[str, config.PolicyKey]) -> dict[str, VerifyingKey]:
+        """Those that can be used; the others are problems."""
+        keys: dict[str, VerifyingKey] = {}
+        for name, key in named.items():
+            try:
+                keys[name] = check_key(key)
+            except OperatorFault as error:
+                self.problems.append(f"{section}.keys.{name}.file: {key.file}: {error}")
+        return keys
 
     def _bundles(
         self, policy: config.Policy, source: Path, keys: Mapping[str, VerifyingKey]
@@ -83,7 +104,7 @@ class Report:
         (self.warnings if usable else self.problems).extend(unusable)
         return max(usable, key=lambda one: one[0].serial, default=None)
 
-    def surroundings(self, checked: config.Config, file: Path) -> None:
+    def surroundings(self, checked: config.Config | FleetConfig, file: Path) -> None:
         self.warnings.extend(_writable(checked, file))
         if checked.state_dir.exists() and not checked.state_dir.is_dir():
             self.problems.append(f"state_dir: {checked.state_dir}: is not a directory")
@@ -145,13 +166,19 @@ def _reason(fault: OperatorFault) -> str:
     return fault.__cause__.strerror or str(fault) if isinstance(fault.__cause__, OSError) else str(fault)
 
 
-def _writable(checked: config.Config, file: Path) -> Iterator[str]:
+def _writable(checked: config.Config | FleetConfig, file: Path) -> Iterator[str]:
     """Files that decide whom we trust, and that anybody may write."""
     files = {"the configuration": file}
     if checked.identity:
         files |= {f"identity.bundles.{domain}": path for domain, path in checked.identity.bundles.items()}
     if checked.policy:
         files |= {f"policy.keys.{name}.file": key.file for name, key in checked.policy.keys.items()}
+    if isinstance(checked, FleetConfig):
+        files |= {
+            f"bundles.{bundle}.keys.{name}.file": key.file
+            for bundle, one in checked.bundles.items()
+            for name, key in one.keys.items()
+        }
     for name, path in files.items():
         with suppress(OSError):
             if stat.S_ISREG(mode := path.stat().st_mode) and mode & stat.S_IWOTH:

@@ -7,13 +7,13 @@ as `sidecar bundle build` takes them.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from sidecar.cli import harmless
 from sidecar.cli.bundle import once, opa_binary, pair
 from sidecar.errors import ClientFault, NoDecision, OperatorFault
 
@@ -115,12 +115,14 @@ def _test(arguments: argparse.Namespace) -> int:
 
 
 def _simulate(arguments: argparse.Namespace) -> int:
-    _need_client()
     from sidecar.decision import inquiry, rehearsal  # noqa: PLC0415  other commands have no need of the client of OPA
 
     words, asked = _words(arguments), _inquiry(arguments)
     entrypoint = arguments.entrypoint or words.path(asked.direction)
-    question = json.loads(words.question(asked))["input"]
+    try:
+        question = json.loads(words.question(asked))["input"]
+    except NoDecision as error:
+        raise OperatorFault(f"{error}: a sidecar answers 503") from error
     with rehearsal.rehearsing(opa_binary(), _files(arguments)) as private:
         [answer] = private.decide(entrypoint, [question])
     undefined = isinstance(answer, rehearsal.NoAnswer)
@@ -135,7 +137,7 @@ def _simulate(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({"input": question, "result": None if undefined else answer}, indent=2))
     else:
-        print("\n".join(_told(decision, entrypoint)))
+        print("\n".join(map(harmless, _told(decision, entrypoint))))
     return 0 if _allows(decision) else 1
 
 
@@ -204,16 +206,17 @@ def _caller(arguments: argparse.Namespace) -> tuple[str | None, str | None]:
 
 
 def _target(arguments: argparse.Namespace, host: str, port: int | None) -> Mapping[str, object]:
+    from sidecar.model import Address  # noqa: PLC0415
+
     if arguments.direction == "outbound" and arguments.route is None and not arguments.to:
         raise OperatorFault("outbound needs --route, --to or both: what policy knows of the target")
-    return {"address": f"{host}:{port or 443}", "spiffe_ids": arguments.to, "route": arguments.route}
+    return {"address": str(Address(host=host, port=port or 443)), "spiffe_ids": arguments.to, "route": arguments.route}
 
 
 # ── replay ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _replay(arguments: argparse.Namespace) -> int:
-    _need_client()
     from sidecar.decision import replay  # noqa: PLC0415
 
     opa, files = opa_binary(), _files(arguments)
@@ -228,7 +231,7 @@ def _replay(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(tally.summary(), indent=2))
     else:
-        print("\n".join(_tally(tally)))
+        print("\n".join(map(harmless, _tally(tally))))
     if tally.allow_to_deny > arguments.max_allow_to_deny or tally.deny_to_allow > arguments.max_deny_to_allow:
         return 1
     if tally.decided == 0 and (tally.read or arguments.shard == (1, 1)):
@@ -251,12 +254,6 @@ def _tally(tally: Tally) -> Iterator[str]:
 
 
 # ── sources and arguments ─────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _need_client() -> None:
-    """A sidecar runs without it."""
-    if importlib.util.find_spec("opa_client") is None:
-        raise OperatorFault("opa-python-client is not installed; simulate and replay ask OPA through it")
 
 
 def _files(arguments: argparse.Namespace) -> Mapping[str, bytes]:

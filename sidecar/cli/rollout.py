@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sidecar.cli import asking
+from sidecar.cli import asking, harmless
 from sidecar.cli.asking import Asking
 from sidecar.errors import OperatorFault
 
@@ -291,8 +291,3 @@ def _show(arguments: argparse.Namespace, told: Mapping[str, Any], lines: Sequenc
     else:
         for line in lines:
             print(harmless(line))
-
-
-def harmless(line: str) -> str:
-    """What a terminal would obey becomes visible: others wrote some of it."""
-    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in line)

@@ -45,13 +45,16 @@ class Shipping:
         if section.has("cache") and policy.cache is not None and policy.input == "envoy":
             self._note(section, "cache", "is for input: sidecar; what is asked in other words is never repeated")
         if section.has("max_together") and policy.max_together > 1 and policy.input == "envoy":
-            self._note(section, "max_together", "is for input: sidecar; what is asked in other words is asked one by one")
+            self._note(
+                section, "max_together", "is for input: sidecar; what is asked in other words is asked one by one"
+            )
         if section.has("decision") and policy.input != "envoy":
             self._note(section, "decision", "is for input: envoy; our own entrypoints are fixed")
         if policy.report and not isinstance(policy.source, Remote):
             self._note(section, "report", "needs a server as source: there is nobody to report to")
         if policy.shadow and policy.shadow.source is None and not isinstance(policy.source, Remote):
             self._note(section, "shadow", "needs a source of its own where policy.source is not a server")
+        self._draft.asks_as_envoy = policy.input == "envoy"
         section.close()
         return policy
 
@@ -68,6 +71,7 @@ class Shipping:
         )
         if not section.has("file") and not section.has("service"):
             raise Wrong("names neither file nor service: nothing would be kept")
+        self._draft.masked = log.mask
         section.close()
         return log
 

@@ -16,7 +16,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import trio
@@ -143,7 +143,7 @@ class Child:
         output, theirs = os.pipe()
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-ISc", _BECOME_OPA, str(os.getpid()), *command],
+                ending_with_us(command),
                 cwd=self._directory, env=self._environment, start_new_session=True,
                 stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs,
             )  # fmt: skip
@@ -193,6 +193,11 @@ class Child:
                 signal.pidfd_send_signal(self._pidfd, number)
             except ProcessLookupError:
                 pass  # it has ended already
+
+
+def ending_with_us(command: Sequence[str]) -> list[str]:
+    """A command that becomes this one, and is killed when the thread that starts it ends."""
+    return [sys.executable, "-ISc", _BECOME_OPA, str(os.getpid()), *command]
 
 
 def socket_in(directory: Path) -> Path:

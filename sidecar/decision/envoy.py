@@ -23,9 +23,10 @@ from sidecar.decision import inquiry as ours
 from sidecar.decision.inquiry import Contract
 from sidecar.errors import NoDecision
 from sidecar.model import Allow, Decision, Deny, Inquiry
+from sidecar.wire.headers import fold
 
-_NOT_DONE = ("request_headers_to_remove", "query_parameters_to_set", "query_parameters_to_remove")
-"""What the plugin would have Envoy do to the request. Metadata, which it may ask for too, has no reader here."""
+_NOT_DONE = ("query_parameters_to_set", "query_parameters_to_remove")
+"""What the plugin would have Envoy do to the target. Metadata, which it may ask for too, has no reader here."""
 _OURS = frozenset({"management", "fleet"})
 _STATUSES = frozenset({401, 403, 404, 429})
 _MAX_REASON_CHARACTERS = 200
@@ -84,10 +85,12 @@ def read(result: Mapping[str, object], decision_id: str, revision: str) -> Decis
     for name in _NOT_DONE:
         if result.get(name):
             raise NoDecision(f"the result asks for {name}, which is not done here", code="decision_unsupported")
-    headers = _headers(result.get("headers", {}))
+    headers, removed = _headers(result.get("headers", {})), _removed(result.get("request_headers_to_remove", []))
     if allowed:
         return Allow(
-            decision_id=decision_id, revision=revision, request_headers=headers,
+            decision_id=decision_id, revision=revision,
+            request_headers={name: value for name, value in headers.items() if fold(name.encode()) not in removed},
+            request_headers_removed=removed,
             response_headers=_headers(result.get("response_headers_to_add", {})),
         )  # fmt: skip
     status = result.get("http_status", 403)
@@ -125,6 +128,13 @@ def _headers(value: object) -> Mapping[str, str]:
                 raise ours.malformed("a header is given twice")
             found[name] = ", ".join(ours.text(one, "a header") for one in content) if type(content) is list else content
     return ours.settable(found)
+
+
+def _removed(value: object) -> frozenset[bytes]:
+    """Names that Envoy removes after it has set the others. What policy may not set it may not remove."""
+    if type(value) is not list:
+        raise ours.malformed("request_headers_to_remove is not a list")
+    return frozenset(fold(name.encode()) for one in value for name in ours.settable({ours.text(one, "a name"): ""}))
 
 
 def _reason(body: str) -> str:

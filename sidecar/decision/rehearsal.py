@@ -28,6 +28,7 @@ from typing import TypeAlias, cast
 import requests
 from opa_client import OpaClient
 
+from sidecar.decision.child import ending_with_us
 from sidecar.errors import OperatorFault
 
 _START_TIMEOUT = 60.0
@@ -128,7 +129,7 @@ class Rehearsal:
 
 @contextmanager
 def rehearsing(opa: Path, files: Mapping[str, bytes]) -> Iterator[Rehearsal]:
-    """Run an OPA on the files of a bundle (name → bytes).
+    """Run an OPA on the files of a bundle (name → bytes), in the thread that stays for as long: OPA ends with it.
 
     Raises `OperatorFault`: `policy_invalid` where OPA does not take the files, `opa_failed` where it does not come up.
     """
@@ -150,10 +151,10 @@ def rehearsing(opa: Path, files: Mapping[str, bytes]) -> Iterator[Rehearsal]:
 def _running(opa: Path, work: Path, sign: str) -> Iterator[int]:
     for attempt in range(_ATTEMPTS):
         port = _free_port()
-        command = [
+        command = ending_with_us([
             str(opa.resolve()), "run", "--server", "--addr", f"127.0.0.1:{port}", "--log-level", "error",
             "--skip-version-check", "--v1-compatible", "policy", "sign.rego",
-        ]  # fmt: skip
+        ])  # fmt: skip
         with (
             Path(work, "said").open("w+b") as said,
             subprocess.Popen(command, cwd=work, env=_environment(), stdout=said, stderr=said) as process,

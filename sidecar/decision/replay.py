@@ -183,12 +183,17 @@ def _verifiable(
         if number % count != index - 1:
             continue
         tally.read += 1
-        if "result" not in event or not isinstance(event.get("input"), dict):
+        masked = frozenset(_masked(event))
+        if ("result" not in event and "/result" not in masked) or (not _is_asked(event) and "/input" not in masked):
             tally.skipped += 1
-        elif any(map(_matters, _masked(event))):
+        elif any(map(_matters, masked)):
             tally.unverifiable += 1
         else:
             yield event, size
+
+
+def _is_asked(event: Event) -> bool:
+    return isinstance(event.get("input"), dict)
 
 
 def _masked(event: Event) -> Iterator[str]:

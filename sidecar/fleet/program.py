@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from sidecar.attempt import Ids, OwnAnswer, Seen, not_connect
-from sidecar.errors import ClientFault, PeerRejected
+from sidecar.attempt import Ids, OwnAnswer, Seen, not_connect, not_elsewhere
+from sidecar.errors import PeerRejected
 from sidecar.fleet.server import Fleet
 from sidecar.model import Connection, Direction, Inquiry, Mode, Permit, Request, Response, Workload
 from sidecar.wire import headers
@@ -30,11 +30,7 @@ class Served:
     def attempt(self, connection: Connection, request: Request, ids: Ids) -> OwnAnswer:
         head, caller = request.head, connection.peer
         not_connect(head)
-        if connection.server_name is not None and head.host != connection.server_name:
-            raise ClientFault(
-                f"{head.host} was asked of {connection.server_name}",
-                code="authority_mismatch", public="this connection was made for another host", status=421,
-            )  # fmt: skip
+        not_elsewhere(connection, head)
         if not isinstance(caller, Workload):
             raise PeerRejected("nothing is served to whoever proves nothing", code="certificate_missing", status=403)
         fields = headers.inbound_request(

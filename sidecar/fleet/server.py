@@ -72,13 +72,16 @@ class Fleet:
         log: Log,
         limits: Limits = Limits(),
         clock: Callable[[], float] = time.time,
+        in_force: Callable[[], str | None] = lambda: None,
     ) -> None:
+        """`in_force`: the revision of the policy that decides who may ask."""
         self._terms = bundles
         self._state = state
         self._store = store
         self._log = log
         self._limits = limits
         self._clock = clock
+        self._in_force = in_force
         self._helm = Helm(state, log, clock)
         self._shelves: dict[str, Shelf] = {}
         self._changes = -1
@@ -162,14 +165,14 @@ class Fleet:
 
     async def _bundle(self, request: Request, caller: str) -> Response:
         shelf, asked = self._shelf(request), messages.conditions(request)
-        deadline = trio.current_time() + asked.wait
+        deadline, decided_by = trio.current_time() + asked.wait, self._in_force()
         has = None if asked.has is None else asked.has.serial
         shelf.met(Contact(id=caller, at=self._clock(), named=has, labels=asked.labels))
         while True:
             ours = shelf.assigned(caller, asked.labels, has, self._clock())
             if ours is not None and (asked.has is None or ours.archive != asked.has.archive):
                 return await self._handed(shelf, ours, asked, caller)
-            if not await self._changed(shelf, deadline):
+            if not await self._changed(shelf, deadline, decided_by):
                 shelf.met(Contact(id=caller, at=self._clock(), named=has, labels=asked.labels))
                 if asked.has is not None:
                     return messages.not_modified(asked.tags[0])
@@ -183,7 +186,7 @@ class Fleet:
 
     async def _candidate(self, request: Request, caller: str) -> Response:
         shelf, asked = self._shelf(request), messages.conditions(request)
-        deadline = trio.current_time() + asked.wait
+        deadline, decided_by = trio.current_time() + asked.wait, self._in_force()
         while True:
             candidate = shelf.candidate(caller, asked.labels)
             if candidate is not None and (asked.has is None or candidate.archive != asked.has.archive):
@@ -191,16 +194,20 @@ class Fleet:
                 return messages.bundle(await shelf.archive(candidate), tag)
             if candidate is None and asked.has is not None:
                 return messages.nothing()
-            if not await self._changed(shelf, deadline):
+            if not await self._changed(shelf, deadline, decided_by):
                 return messages.nothing() if candidate is None else messages.not_modified(asked.tags[0])
 
-    async def _changed(self, shelf: Shelf, deadline: float) -> bool:
-        """Wait until somebody may be to run something else; False where it is time to answer."""
+    async def _changed(self, shelf: Shelf, deadline: float, decided_by: str | None) -> bool:
+        """Wait until somebody may be to run something else; False where it is time to answer.
+
+        That is so, too, where another policy is in force by then than the one that let the question in: it is asked again,
+        and decided again.
+        """
         if self._draining or trio.current_time() >= deadline:
             return False
         with trio.move_on_at(deadline):
             await shelf.changed.wait()
-            return True
+            return self._in_force() == decided_by
         return False
 
     async def _versions(self, request: Request, caller: str) -> Response:

@@ -100,12 +100,16 @@ reports = Table(
 
 _NO_VERB = """CREATE TRIGGER IF NOT EXISTS audit_no_{verb} BEFORE {verb} ON audit
 BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END"""
+_NO_REPLACEMENT = """CREATE TRIGGER IF NOT EXISTS audit_no_replace BEFORE INSERT ON audit
+WHEN EXISTS (SELECT 1 FROM audit WHERE id = NEW.id)
+BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END"""
+"""SQLite's REPLACE deletes what is in its way, and does not call that a deletion."""
 _REFUSE = """CREATE OR REPLACE FUNCTION audit_append_only() RETURNS trigger LANGUAGE plpgsql AS
 $$ BEGIN RAISE EXCEPTION 'the audit log is append-only'; END $$"""
 _NO_CHANGE = """CREATE OR REPLACE TRIGGER audit_append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON audit
 FOR EACH STATEMENT EXECUTE FUNCTION audit_append_only()"""
 _APPEND_ONLY = {
-    "sqlite": [_NO_VERB.format(verb="update"), _NO_VERB.format(verb="delete")],
+    "sqlite": [_NO_VERB.format(verb="update"), _NO_VERB.format(verb="delete"), _NO_REPLACEMENT],
     "postgresql": [_REFUSE, _NO_CHANGE],
 }
 

@@ -15,6 +15,7 @@ import gzip
 import json
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -25,6 +26,7 @@ from sidecar.log import LineSink, timestamp
 from sidecar.model import Allow, Decided, Deny, Direction, Inquiry
 
 Log = Callable[..., None]
+Question = Callable[[Inquiry], Mapping[str, object]]
 Post = Callable[[bytes], Awaitable[int]]
 """Send one gzipped JSON array of events; returns the status of the answer. Raises `SidecarError`."""
 
@@ -34,19 +36,29 @@ _BATCH_BYTES = 512 * 1024
 _MAX_BACKOFF = 60.0
 _WILL_NEVER_BE_TAKEN = frozenset({400, 405, 406, 411, 413, 414, 415, 422, 431})
 """To send the same batch again would hold up all that come after it."""
+_HEADERS = (("input", "headers"), ("input", "attributes", "request", "http", "headers"))
+"""Where headers stand in what is asked, in our own words and in those of OPA's plugin for Envoy."""
 _SECRET_RESULTS = ("request_headers", "response_headers")
 
 
 def event(
-    decided: Decided, *, path: Callable[[Direction], str], labels: Mapping[str, str], mask: Sequence[tuple[str, ...]]
+    decided: Decided,
+    *,
+    path: Callable[[Direction], str],
+    labels: Mapping[str, str],
+    mask: Sequence[tuple[str, ...]],
+    question: Question | None = None,
 ) -> dict[str, object]:
-    """The event of one decision. `path` gives a direction's entrypoint, `mask` is parsed pointers (`pointer`)."""
+    """The event of one decision. `path` gives a direction's entrypoint, `mask` is parsed pointers (`pointer`).
+
+    `question` gives what OPA was asked, where that is not in our own words.
+    """
     decision = decided.decision
     whole: dict[str, object] = {
         "labels": dict(labels),
         "decision_id": decision.decision_id if decision is not None else decided.exchange_id,
         "path": path(decided.inquiry.direction),
-        "input": _input(decided.inquiry),
+        "input": (question or _input)(decided.inquiry),
         "timestamp": timestamp(decided.at),
         "metrics": {"timer_server_handler_ns": round(decided.seconds * 1e9)},
         "req_id": decided.exchange_id,
@@ -71,12 +83,32 @@ def event(
 def pointer(text: str) -> tuple[str, ...]:
     """The parts of a JSON pointer that the configuration has checked. Names of headers are in lower case, as in the input."""
     parts = tuple(part.replace("~1", "/").replace("~0", "~") for part in text.split("/")[1:])
-    return (*parts[:2], *(part.lower() for part in parts[2:])) if parts[:2] == ("input", "headers") else parts
+    for headers in _HEADERS:
+        if parts[: len(headers)] == headers:
+            return (*headers, *(part.lower() for part in parts[len(headers) :]))
+    return parts
 
 
 def encoded(event: Mapping[str, object]) -> bytes:
     """One line, in ASCII: peers choose what stands in the input. Raises ValueError or TypeError for what JSON cannot say."""
     return json.dumps(event, separators=(",", ":"), default=_plain, allow_nan=False).encode("ascii")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Account:
+    """What became of the decisions that were to be kept: counters since the start, and what waits now."""
+
+    failed: int = 0
+    """Decisions of which no event could be made."""
+    dropped: int = 0
+    """Events that nobody took: for want of room, or since the service never will."""
+    uploaded: int = 0
+    """Events that the service took."""
+    uploads: int = 0
+    failed_uploads: int = 0
+    waiting: int = 0
+    """Events in memory that the service has not taken yet, those of an upload under way among them."""
+    waiting_bytes: int = 0
 
 
 class Events(Protocol):
@@ -130,13 +162,26 @@ class Upload:
 
     def __init__(self, post: Post, max_buffer_bytes: int, log: Log) -> None:
         self.dropped = 0
+        self.uploaded = 0
+        self.uploads = 0
+        self.failed_uploads = 0
         self._post = post
         self._max_bytes = max_buffer_bytes
         self._log = log
         self._lines: deque[bytes] = deque()
         self._bytes = 0
+        self._sent: list[bytes] = []
+        """The batch that is under way."""
         self._full = trio.Event()
         self._failing: str | None = None
+
+    @property
+    def waiting(self) -> int:
+        return len(self._lines) + len(self._sent)
+
+    @property
+    def waiting_bytes(self) -> int:
+        return self._bytes + sum(map(len, self._sent))
 
     def write(self, line: bytes) -> None:
         self._lines.append(line)
@@ -161,10 +206,10 @@ class Upload:
         """Send all that is there now, batch by batch; return whether the service took it."""
         self._full = trio.Event()
         while self._lines:
-            batch = self._batch()
-            body = await trio.to_thread.run_sync(gzip.compress, b"[" + b",".join(batch) + b"]", 6)
+            batch = self._sent = self._batch()
             status = 0
             try:
+                body = await trio.to_thread.run_sync(gzip.compress, b"[" + b",".join(batch) + b"]", 6)
                 status = await self._post(body)
                 failing = None if 200 <= status < 300 else f"status {status}"
             except SidecarError as error:
@@ -172,6 +217,12 @@ class Upload:
             except BaseException:
                 self._back(batch)  # cancelled: perhaps it was taken, and then it is there twice
                 raise
+            finally:
+                self._sent = []
+            if failing is None:
+                self.uploads, self.uploaded = self.uploads + 1, self.uploaded + len(batch)
+            else:
+                self.failed_uploads += 1
             if failing != self._failing:
                 if failing is None:
                     self._log("decision_log.upload_recovered", "info")
@@ -215,17 +266,22 @@ class DecisionLog:
         path: Callable[[Direction], str],
         labels: Mapping[str, str],
         mask: Sequence[str],
+        question: Question | None = None,
     ) -> None:
+        """As of `event`."""
         self.failed = 0
         """Decisions of which no event could be made."""
         self._takers = tuple(takers)
         self._path = path
         self._labels = labels
         self._mask = tuple(pointer(one) for one in mask)
+        self._question = question
 
     def decided(self, record: Decided) -> None:
         try:
-            line = encoded(event(record, path=self._path, labels=self._labels, mask=self._mask))
+            line = encoded(
+                event(record, path=self._path, labels=self._labels, mask=self._mask, question=self._question)
+            )
         except Exception:  # noqa: BLE001  a question that cannot be told must not become a failure of its exchange
             self.failed += 1
             return

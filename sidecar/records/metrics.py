@@ -28,6 +28,7 @@ from sidecar.model import (
 from sidecar.records import exposition
 from sidecar.records.added import added
 from sidecar.records.codes import NONE, OTHER, label
+from sidecar.records.decision_log import Account
 from sidecar.records.exposition import Family, counter, gauge, histogram
 from sidecar.records.live_table import LiveTable
 from sidecar.records.own_process import OwnProcess
@@ -45,7 +46,8 @@ _MAX_EVENTS = 256
 class Metrics:
     """What is counted while running. `directions` are shown from the start, so that a first event is an increase.
 
-    `connections` tells how many are open for each listener, `dropped` how many lines of log were lost.
+    `connections` tells how many are open for each listener, `dropped` how many lines of log were lost, `kept` what became of
+    decisions that are kept, None where none are.
     """
 
     def __init__(
@@ -55,11 +57,13 @@ class Metrics:
         directions: Iterable[Direction],
         connections: Callable[[], Mapping[str, int]],
         dropped: Callable[[], int],
+        kept: Callable[[], Account | None] = lambda: None,
     ) -> None:
         self._live = live
         self._directions = tuple(directions)
         self._open_connections = connections
         self._dropped = dropped
+        self._kept = kept
         self._process = OwnProcess()
         self._exchanges: dict[tuple[str, ...], int] = {}
         self._errors: dict[tuple[str, ...], int] = {}
@@ -112,6 +116,7 @@ class Metrics:
 
     def families(self, status: Status, others: Iterable[Iterable[Family]] = ()) -> Iterator[Family]:
         yield from added((self.measured(), *others))
+        yield from _decision_log(self._kept())
         yield from _state(status)
 
     def measured(self) -> Iterator[Family]:
@@ -188,6 +193,25 @@ class _Stages:
 
 def _count(counts: dict[tuple[str, ...], int], *key: str) -> None:
     counts[key] = counts.get(key, 0) + 1
+
+
+def _decision_log(account: Account | None) -> Iterator[Family]:
+    if account is None:
+        return
+    events = {"uploaded": account.uploaded, "dropped": account.dropped, "failed": account.failed}
+    uploads = {"taken": account.uploads, "failed": account.failed_uploads}
+    yield counter(
+        "sidecar_decision_log_events", "What became of decisions that were to be kept.", ("result",),
+        {(result,): number for result, number in events.items()},
+    )  # fmt: skip
+    yield counter(
+        "sidecar_decision_log_uploads", "Batches sent to the service.", ("result",),
+        {(result,): number for result, number in uploads.items()},
+    )  # fmt: skip
+    yield gauge(
+        "sidecar_decision_log_waiting_events", "Events that the service has not taken yet.", (), {(): account.waiting}
+    )
+    yield gauge("sidecar_decision_log_waiting_bytes", "What they take of memory.", (), {(): account.waiting_bytes})
 
 
 def _state(status: Status) -> Iterator[Family]:

@@ -287,10 +287,13 @@ def with_ids(fields: Sequence[Field], at: int, request_id: str, traceparent: str
     return changed
 
 
-def with_added(fields: Fields, add: Mapping[str, str]) -> list[Field]:
-    """Set policy's headers (each has passed `policy_may_set`) in the place of any field with the same folded name."""
+def with_added(fields: Fields, add: Mapping[str, str], removed: frozenset[bytes] = frozenset()) -> list[Field]:
+    """Set policy's headers (each has passed `policy_may_set`) in the place of any field with the same folded name.
+
+    `removed`: folded names that policy takes away.
+    """
     ours = [(name.lower().encode("ascii"), value.encode("ascii")) for name, value in add.items()]
-    replaced = {name.translate(_FOLD) for name, _ in ours}
+    replaced = {name.translate(_FOLD) for name, _ in ours} | removed
     return [field for field in fields if field[0].translate(_FOLD) not in replaced] + ours
 
 

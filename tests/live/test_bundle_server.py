@@ -323,6 +323,20 @@ def test_it_is_not_ready_before_the_store_answers(site: Site) -> None:
         first.close()
 
 
+def test_sighup_opens_the_access_log_anew_and_says_that_it_does_no_more(site: Site) -> None:
+    server = site.server()
+    with serving(server):
+        server.settle(1)
+        (server.directory / "access.log").rename(server.directory / "access.log.1")
+        assert server.process is not None
+        server.process.send_signal(signal.SIGHUP)
+        until(lambda: '"log.reopened"' in server.log, server)
+        assert "everything else needs a restart" in server.log
+        assert serial(server.get("agent/a")) == 1
+        until(lambda: [line["path"] for line in server.access] == ["/v1/bundles/sidecar"], server)
+        assert server.readiness() == (200, "ok")
+
+
 def test_the_configuration_is_refused_with_its_lines(tmp_path: Path) -> None:
     (tmp_path / "server.yaml").write_text("listen: 127.0.0.1:1\nidentity: {}\nwhat: 1\n")
     import sys

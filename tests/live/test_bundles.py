@@ -415,7 +415,9 @@ async def test_no_question_is_lost_while_policy_and_keys_change(house: House) ->
             house.put(1, key=following)  # the same, signed anew
             await house.until(
                 lambda: (
-                    signature.verify(archive.read(house.relay._good.archive), {"release-2": following.verifying}, "sidecar")
+                    signature.verify(
+                        archive.read(house.relay._good.archive), {"release-2": following.verifying}, "sidecar"
+                    )
                     if _by(house, "release-2")
                     else None
                 )
@@ -565,11 +567,19 @@ async def test_a_return_within_what_was_allowed(house: House) -> None:
         await house.until_rule("open@r1")
         house.now += 86_400 * 30
         assert await house.rule() == "open@r1"
-    async with house.running():  # its time is over: it needs something newer
+    async with house.running():  # it was sent back in time: a restart does not take its policy away
+        await house.until_rule("open@r1")
+        assert house.relay.error is None
+        house.put(2, rego=CLOSED, may_return_to=[1], return_until="2025-06-16T00:00:00Z")
+        await house.until_rule("closed@r2")
+        house.put(1)  # and now, going back is over
         await house.until(lambda: house.relay.error)
-        assert await house.rule() == "policy_not_ready"
+        assert await house.rule() == "closed@r2"
+    async with house.running():
+        await house.until_rule("closed@r2")
         house.put(3, rego=CLOSED)
         await house.until_rule("closed@r3")
+    assert [told["code"] for told in house.told("bundle.refused")] == ["bundle_downgrade"] * 2
 
 
 async def test_policy_that_is_too_old_closes_and_newer_policy_opens(house: House) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -240,6 +243,43 @@ def test_an_entrypoint_that_is_not_there_is_undefined(private: rehearsal.Rehears
 
 def test_an_entrypoint_of_strange_spelling(private: rehearsal.Rehearsal) -> None:
     assert private.decide('mine/"]} x', [{}]) == [rehearsal.UNDEFINED]
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "left"), [(signal.SIGTERM, 143, 0), (signal.SIGHUP, 129, 0), (signal.SIGKILL, -9, 1)]
+)
+def test_whoever_ends_the_command_ends_its_opa(
+    opa: Path, tmp_path: Path, number: signal.Signals, code: int, left: int
+) -> None:
+    """Ended by the command, which clears away, or by the system, where the command is not asked."""
+    log, own = tmp_path / "decisions", tmp_path / "own"
+    os.mkfifo(log)
+    own.mkdir()
+    environment = {"PYTHONPATH": str(ROOT), "PATH": str(opa.parent), "HOME": str(Path.home()), "TMPDIR": str(own)}
+    command = [sys.executable, "-m", "sidecar", "policy", "replay", str(log)]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) as replaying:
+        with log.open("wb"):  # it has begun to read, and its OPA is there
+            [place] = own.iterdir()
+            assert len(_working_in(place)) == 1
+            replaying.send_signal(number)
+            said = replaying.communicate(timeout=60)[1]
+    assert (replaying.returncode, said) == (code, b"")
+    deadline = time.monotonic() + 60
+    while _working_in(place) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert _working_in(place) == []
+    assert len(list(own.iterdir())) == left
+
+
+def _working_in(place: Path) -> list[int]:
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.readlink(process / "cwd").removesuffix(" (deleted)") == str(place):
+                found.append(int(process.name))
+        except OSError:
+            continue  # it has ended, or is not ours
+    return found
 
 
 def test_nothing_is_left_running_or_lying_about(opa: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

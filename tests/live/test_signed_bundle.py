@@ -289,16 +289,22 @@ def test_private_key_is_for_its_owner_and_never_overwritten(tmp_path: Path) -> N
     assert private.read_bytes() == before
 
 
+def _break_the_source(live: sidecars.Live) -> Path:
+    """One bit of its bundle; returns the configuration."""
+    config = live.directory / "sidecar.yaml"
+    source = live.directory / json.loads(config.read_text())["policy"]["source"]
+    data = bytearray(source.read_bytes())
+    data[len(data) // 2] ^= 1
+    source.write_bytes(data)
+    return config
+
+
 def test_a_refused_start_names_the_key_of_the_configuration(tmp_path: Path, opa: Path) -> None:
     """Through the program itself: exit code 1, one sentence, no traceback, and the dotted path."""
     with sidecars.running(tmp_path, opa) as live:
-        config = live.directory / "sidecar.yaml"
-        settings = json.loads(config.read_text())
-    bundle = Path(settings["policy"]["source"])
-    bundle = bundle if bundle.is_absolute() else live.directory / bundle
-    data = bytearray(bundle.read_bytes())
-    data[len(data) // 2] ^= 1
-    bundle.write_bytes(data)
+        pass
+    config = _break_the_source(live)
+    shutil.rmtree(live.directory / "state")
     done = subprocess.run(
         [sys.executable, "-m", "sidecar", "run", "--config", str(config)],
         capture_output=True, text=True, timeout=60, check=False,
@@ -306,3 +312,26 @@ def test_a_refused_start_names_the_key_of_the_configuration(tmp_path: Path, opa:
     assert done.returncode == 1
     assert "policy.source: " in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_restart_whose_source_is_broken_runs_the_last_good_bundle_and_says_so(tmp_path: Path, opa: Path) -> None:
+    with sidecars.running(tmp_path, opa) as live:
+        pass
+    config = _break_the_source(live)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sidecar", "run", "--config", str(config)], stderr=subprocess.PIPE, text=True
+    )
+    seen: list[dict[str, Any]] = []
+    try:
+        assert process.stderr is not None
+        for line in process.stderr:
+            seen.append(json.loads(line))
+            if seen[-1]["event"] == "sidecar.started":
+                break
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
+    events = {one["event"]: one for one in seen}
+    assert "sidecar.started" in events, seen
+    assert events["bundle.refused"]["code"] == "bundle_malformed"
+    assert events["bundle.activated"]["serial"] == 1

@@ -12,7 +12,6 @@ import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
 from http.client import HTTPSConnection
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from examples.demo import bundle as signed
 from examples.demo import kit
 from support import fleet
+from support.fleet import Answered
 from support.live import START_TIMEOUT, client_context, free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,17 +37,6 @@ GRANTS = {
     "promote": ["spiffe://example.org/ops/release"],
 }
 RINGS = ("canary:label=ring=canary", "all:percent=100")
-
-
-@dataclass(frozen=True)
-class Answered:
-    status: int
-    fields: dict[str, str]
-    body: bytes = field(repr=False)
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.body)
 
 
 class Site:

@@ -27,7 +27,7 @@ from sidecar.identity.current import Current
 from sidecar.identity.presented import Presented
 from sidecar.identity.spiffe import parse
 from sidecar.model import Address, Identity
-from sidecar.supply import REPORT_INTERVAL
+from sidecar.reporting import INTERVAL
 from sidecar.wire.client import Client, ClientSettings, Upstream
 from sidecar.wire.fetch import Answer, fetch
 from sidecar.wire.network import TcpNetwork
@@ -155,9 +155,9 @@ class _Crowd:
 
     async def _report(self, member: _Member) -> None:
         while True:
-            with trio.move_on_after(REPORT_INTERVAL * random.uniform(0.8, 1.2)):
+            with trio.move_on_after(INTERVAL * random.uniform(0.8, 1.2)):
                 await member.news.wait()
-                await trio.sleep(random.uniform(0, REPORT_INTERVAL / 10))  # it looks for news so often
+                await trio.sleep(random.uniform(0, INTERVAL / 10))  # it looks for news so often
             member.news = trio.Event()
             if self._reporting and member.serial is not None:
                 await self._tell(member, member.serial)

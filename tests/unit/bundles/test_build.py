@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from sidecar.bundles import archive, build, documents, release, signature
+from sidecar.bundles import archive, build, documents, opa_command, release, signature
 from sidecar.bundles.archive import Bundle, BundleRefused
 from sidecar.bundles.build import NotBuilt, Sources, Stamp
 
@@ -349,7 +349,7 @@ def test_an_opa_that_is_not_there_is_a_fault(place: Place, tmp_path: Path) -> No
 
 @pytest.mark.live
 def test_an_opa_that_does_not_end_is_a_fault(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "_OPA_TIMEOUT", 0.0001)
+    monkeypatch.setattr(opa_command, "TIMEOUT", 0.0001)
     assert "no end in" in place.refused()
 
 

@@ -85,6 +85,41 @@ def test_a_return_keeps_the_highest_and_what_runs(tmp_path: Path) -> None:
     assert (kept.held(), kept.last_good()) == (held(8), b"four")
 
 
+def test_what_it_went_back_to_is_remembered_until_it_goes_on(tmp_path: Path) -> None:
+    kept = Memory(tmp_path)
+    kept.remember(held(8), b"eight")
+    back = replace(held(8), returned_to="d4")
+    assert kept.remember(back, b"four") == back
+    assert (kept.held(), kept.last_good()) == (back, b"four")
+    assert kept.remember(held(8), b"eight") == held(8)
+    assert (kept.held(), kept.last_good()) == (held(8), b"eight")
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_a_kill_between_the_two_files_leaves_what_may_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, back: bool
+) -> None:
+    """A newer bundle is accepted without its memory, and one below is not."""
+    kept = Memory(tmp_path)
+    kept.remember(held(8), b"eight")
+    real, written = kept._write, []
+
+    def killed(name: str, content: bytes) -> None:
+        if written:
+            raise KeyboardInterrupt
+        written.append(name)
+        real(name, content)
+
+    monkeypatch.setattr(kept, "_write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        kept.remember(replace(held(8), returned_to="d4") if back else held(9), b"other")
+    monkeypatch.undo()
+    if back:
+        assert (kept.held(), kept.last_good()) == (replace(held(8), returned_to="d4"), b"eight")
+    else:
+        assert (kept.held(), kept.last_good()) == (held(8), b"other")
+
+
 def test_of_two_processes_the_one_that_saw_less_changes_nothing(tmp_path: Path) -> None:
     one, other = Memory(tmp_path), Memory(tmp_path)
     one.remember(held(5), b"five")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sidecar.bundles import purity
+from sidecar.bundles import opa_command, purity
 from sidecar.bundles.purity import ENTRYPOINTS, PURE_BUILTINS
 from sidecar.bundles.release import Purity
 from sidecar.errors import OperatorFault
@@ -130,7 +130,9 @@ def test_what_an_impure_rule_elsewhere_does_does_not_matter(opa: Path, tmp_path:
 
 def test_an_entrypoint_that_is_not_there_is_not_listed(opa: Path, tmp_path: Path) -> None:
     (tmp_path / "m.rego").write_text("package sidecar.egress\n\ndecision := input.host\n")
-    assert purity.proofs(opa, tmp_path) == {"sidecar/egress/decision": Purity(pure=True, fields=(("host",),), batch=True)}
+    assert purity.proofs(opa, tmp_path) == {
+        "sidecar/egress/decision": Purity(pure=True, fields=(("host",),), batch=True)
+    }
 
 
 def test_a_decision_that_is_put_together_is_not_proven(opa: Path, tmp_path: Path) -> None:
@@ -153,7 +155,7 @@ def test_an_opa_that_is_not_there_or_does_not_end_is_a_fault(
 ) -> None:
     with pytest.raises(OperatorFault, match="No such file"):
         proof(tmp_path / "missing", tmp_path, inbound("decision := true"))
-    monkeypatch.setattr(purity, "_OPA_TIMEOUT", 0.0001)
+    monkeypatch.setattr(opa_command, "TIMEOUT", 0.0001)
     with pytest.raises(OperatorFault, match="no end in"):
         proof(opa, tmp_path, inbound("decision := true"))
 

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sidecar.bundles import archive, relay, signature, terms, verified
-from sidecar.bundles.archive import Bounds, Bundle
+from sidecar.bundles.archive import Bounds
 from sidecar.bundles.freshness import FreshOnly
 from sidecar.bundles.memory import Memory
 from sidecar.bundles.relay import Relay
@@ -329,19 +329,99 @@ async def test_a_return_and_the_way_back() -> None:
     assert [bundle.serial for bundle in house.handed] == [4, 7, 4, 7]
 
 
-async def test_what_runs_after_its_return_has_ended_runs_on_and_does_not_start_again() -> None:
-    house = House()
+RETURNING: dict[str, Any] = {"may_return_to": [3, 4], "return_until": "2025-06-16T00:00:00Z"}
+"""Until less than a day after `CREATED`."""
+
+
+async def sent_back(memory: Any = None) -> House:
+    """A sidecar that was sent back from 7 to 4 in time, and in the meantime the time has passed."""
+    house = House(memory=memory)
     await house.relay.offer(archived(4), "a")
-    await house.relay.offer(archived(7, may_return_to=[4], return_until="2025-06-16T00:00:00Z"), "b")
+    await house.relay.offer(archived(7, **RETURNING), "b")
     await house.relay.offer(archived(4), "c")
     house.now += 86_400
-    assert house.relay.running is not None
-    assert house.relay.running.release.serial == 4
-    fresh = house.another()
+    return house
+
+
+async def restarted(house: House) -> Relay:
+    fresh = house.relay = house.another()
     await fresh.load()
+    return fresh
+
+
+def runs(relay: Relay) -> int:
+    assert relay.running is not None
+    return relay.running.release.serial
+
+
+async def test_what_was_returned_to_in_time_runs_on_and_is_no_error_when_it_is_offered_again() -> None:
+    house = await sent_back()
+    await house.relay.offer(archived(4), "c")
+    assert (runs(house.relay), house.relay.error, house.told("bundle.refused")) == (4, None, [])
+
+
+@pytest.mark.parametrize("offered", [False, True])
+async def test_what_was_returned_to_in_time_starts_again_after_it(tmp_path: Path, offered: bool) -> None:
+    house = await sent_back(Memory(tmp_path))
+    for _ in range(2):
+        fresh = await restarted(house)
+        if offered:
+            await fresh.offer(archived(4), "c")
+        else:
+            await fresh.restore()
+        assert (runs(fresh), fresh.error) == (4, None)
+        assert fresh.held is not None
+        assert fresh.held.serial == 7
+    assert await house.refused(archived(3)) == "bundle_downgrade"
+    assert await house.refused(archived(6)) == "bundle_downgrade"
+    assert await house.refused(archived(4, rego=b"package sidecar.inbound\n")) == "bundle_downgrade"
+
+
+@pytest.mark.parametrize("start", [True, False])
+@pytest.mark.parametrize("on", [archived(7, **RETURNING), archived(8)])
+async def test_whoever_has_gone_on_is_not_sent_back_after_it(tmp_path: Path, on: bytes, start: bool) -> None:
+    house = await sent_back(Memory(tmp_path))
+    if start:
+        await restarted(house)
+    await house.relay.offer(on, "d")
+    assert await house.refused(archived(4)) == "bundle_downgrade"
+    fresh = await restarted(house)
+    assert await house.refused(archived(4)) == "bundle_downgrade"
+    await fresh.restore()
+    assert runs(fresh) in {7, 8}
+    assert await house.refused(archived(4)) == "bundle_downgrade"
+
+
+async def test_whoever_was_not_sent_back_in_time_is_not_after_it() -> None:
+    house = House()
+    await house.relay.offer(archived(4), "a")
+    await house.relay.offer(archived(7, **RETURNING), "b")
+    house.now += 86_400
+    assert await house.refused(archived(4)) == "bundle_downgrade"
+    await restarted(house)
+    assert await house.refused(archived(4)) == "bundle_downgrade"
+
+
+async def test_who_has_gone_on_and_could_not_write_it_down_is_not_sent_back_either() -> None:
+    house = await sent_back()
+    remember = house.memory.remember
+
+    def lost(*_: object) -> Held:
+        raise OperatorFault("no space", code="policy_memory_unusable")
+
+    house.memory.remember = lost
+    await house.relay.offer(archived(7, **RETURNING), "d")
+    house.memory.remember = remember
+    assert await house.refused(archived(4)) == "bundle_downgrade"
+
+
+async def test_a_floor_that_was_raised_ends_a_return(tmp_path: Path) -> None:
+    house = await sent_back(Memory(tmp_path))
+    house.relay = house.another(KEY.terms(minimum_serial=5))
+    await house.relay.load()
     with pytest.raises(OperatorFault) as caught:
-        await fresh.restore()
-    assert caught.value.code == "bundle_downgrade"
+        await house.relay.restore()
+    assert caught.value.code == "bundle_below_minimum"
 
 
 SERIALS = st.integers(1, 7)
@@ -363,11 +443,13 @@ def test_no_sequence_of_offers_restarts_and_processes_goes_below_what_was_allowe
         house = House(memory=Memory(place))
         relays = [house.relay, house.another()]
         accepted: dict[int, Any] = {}
+        last: list[Any] = [None, None, None]  # what each took last, and what was taken last of all
         for serial, back, until, jump, which, change, what in steps:
             house.now += jump * 86_400
             if what == "restart":
                 relays[which] = house.another()
                 await relays[which].load()
+                last[which] = last[2]
                 continue
             below = sorted({one for one in back if one < serial})
             end = f"2025-06-{16 + until}T00:00:00Z"
@@ -384,10 +466,13 @@ def test_no_sequence_of_offers_restarts_and_processes_goes_below_what_was_allowe
                 continue
             if serial < highest:
                 assert serial in accepted[highest].may_return_to
-                assert house.now < accepted[highest].return_until
+                assert house.now < accepted[highest].return_until or last[which] == (serial, change)
             elif serial == highest:
                 assert said == accepted[highest]
             accepted.setdefault(serial, said)
+            if serial > highest:
+                last = [None, None, None]
+            last[which] = last[2] = (serial, change)
             held = Memory(place).held()
             assert held is not None
             assert held.serial == max(accepted)

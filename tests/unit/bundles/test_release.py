@@ -188,6 +188,10 @@ HELD = Held(serial=7, digest="d7", newest_created=NOW - 100, may_return_to=froze
         (made(8, created=NOW + CLOCK_SKEW + 1), "d8", HELD, "bundle_from_future"),
         (made(1, created=NOW + CLOCK_SKEW + 1), "d1", None, "bundle_from_future"),
         (made(8, created=0.0), "d8", HELD, None),
+        (made(5), "d5", replace(HELD, return_until=NOW - 1, returned_to="d5"), None),
+        (made(5), "another", replace(HELD, return_until=NOW - 1, returned_to="d5"), "bundle_downgrade"),
+        (made(4), "d4", replace(HELD, return_until=NOW - 1, returned_to="d5"), "bundle_downgrade"),
+        (made(7), "d7", replace(HELD, return_until=NOW - 1, returned_to="d5"), None),
     ],
 )
 def test_the_table(offered: Release, digest: str, held: Held | None, code: str | None) -> None:
@@ -208,8 +212,34 @@ def test_nothing_below_the_floor_is_taken_whatever_was_allowed(serial: int) -> N
     assert release.accept(made(9), "d9", HELD, now=NOW, minimum_serial=9).serial == 9
 
 
-def test_a_return_leaves_what_is_held() -> None:
-    assert release.accept(made(5, created=NOW), "d5", HELD, now=NOW) == HELD
+def test_a_return_leaves_what_is_held_and_is_remembered() -> None:
+    assert release.accept(made(5, created=NOW), "d5", HELD, now=NOW) == replace(HELD, returned_to="d5")
+
+
+@pytest.mark.parametrize("serial", [7, 8])
+def test_whoever_has_gone_on_is_not_sent_back_once_the_time_has_passed(serial: int) -> None:
+    back = release.accept(made(5), "d5", HELD, now=NOW)
+    on = release.accept(made(serial), f"d{serial}", back, now=NOW)
+    assert on.returned_to is None
+    with pytest.raises(BundleRefused) as caught:
+        release.accept(made(5), "d5", on, now=NOW + 100)
+    assert caught.value.code == "bundle_downgrade"
+
+
+def test_a_second_return_replaces_the_first() -> None:
+    held = replace(HELD, may_return_to=frozenset({4, 5}))
+    for serial in (5, 4):
+        held = release.accept(made(serial), f"d{serial}", held, now=NOW)
+    assert release.accept(made(4), "d4", held, now=NOW + 100) == held
+    with pytest.raises(BundleRefused):
+        release.accept(made(5), "d5", held, now=NOW + 100)
+
+
+def test_the_floor_is_above_what_was_returned_to() -> None:
+    back = release.accept(made(5), "d5", HELD, now=NOW)
+    with pytest.raises(BundleRefused) as caught:
+        release.accept(made(5), "d5", back, now=NOW, minimum_serial=6)
+    assert caught.value.code == "bundle_below_minimum"
 
 
 def test_the_newest_time_is_kept_where_a_higher_serial_is_older() -> None:
@@ -245,6 +275,7 @@ def test_no_sequence_goes_below_what_the_highest_release_allows(
 ) -> None:
     """Random offers, clocks that jump, and restarts, against a plain account of all that was accepted."""
     held: Held | None = None
+    last = ""
     accepted: list[tuple[Release, str]] = []
     for (offered, digest), now, restart in steps:
         if restart and held is not None:
@@ -258,10 +289,12 @@ def test_no_sequence_goes_below_what_the_highest_release_allows(
             if offered.serial < highest.serial:
                 assert offered.serial in highest.may_return_to
                 assert highest.return_until is not None
-                assert now < highest.return_until
+                assert now < highest.return_until or digest == last
+            last = digest
             if offered.serial == highest.serial:
                 assert digest == its_digest
                 continue  # the same again: it is in the account
+        last = digest
         assert offered.serial >= floor
         assert offered.created <= now + CLOCK_SKEW
         accepted.append((offered, digest))
@@ -271,7 +304,7 @@ def test_no_sequence_goes_below_what_the_highest_release_allows(
 
 HELDS = st.builds(
     Held, serial=SERIALS, digest=st.sampled_from(["a", "b"]), newest_created=TIMES, may_return_to=st.frozensets(SERIALS, max_size=2),
-    return_until=st.none() | TIMES,
+    return_until=st.none() | TIMES, returned_to=st.sampled_from([None, "c", "d"]),
 )  # fmt: skip
 
 
@@ -294,6 +327,16 @@ def test_what_was_there_first_wins_where_a_serial_was_used_twice() -> None:
     )
 
 
+def test_what_we_went_back_to_we_know_best_ourselves() -> None:
+    back, other = replace(HELD, returned_to="d5"), replace(HELD, digest="other", returned_to="d5")
+    assert release.joined(back, HELD) == HELD
+    assert release.joined(HELD, back) == back
+    assert release.joined(HELD, other) == HELD  # not the same release: what it allows was never ours
+    assert release.joined(replace(back, serial=8), HELD) == replace(back, serial=8)
+    assert release.joined(back, None) == release.joined(None, back) == back
+    assert release.joined(None, None) is None
+
+
 # ── remembered ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -313,7 +356,7 @@ WRITTEN = release.to_json(HELD)
         {**WRITTEN, "newest_created": math.inf}, {**WRITTEN, "newest_created": "nan"}, {**WRITTEN, "newest_created": "5"},
         {**WRITTEN, "newest_created": 10**400}, {**WRITTEN, "newest_created": True}, {**WRITTEN, "newest_created": None},
         {**WRITTEN, "return_until": math.nan}, {**WRITTEN, "return_until": "x"}, {**WRITTEN, "may_return_to": None},
-        {**WRITTEN, "may_return_to": ["5"]}, {**WRITTEN, "may_return_to": 5},
+        {**WRITTEN, "may_return_to": ["5"]}, {**WRITTEN, "may_return_to": 5}, {**WRITTEN, "returned_to": 5},
         *({key: value for key, value in WRITTEN.items() if key != name} for name in WRITTEN),
     ],
 )  # fmt: skip

@@ -323,7 +323,7 @@ def test_the_spare_bits_of_the_last_character_are_none() -> None:
 
 @pytest.mark.parametrize(
     "header",
-    [b"", b"x", b"[]", b"null", b'"ES256"', b'{"alg":"ES256","alg":"none"}', b'{"alg":"ES256","kid":"release-1","crit":["b64"],"b64":false}',
+    [b"", b"x", b"[]", b"null", b'"ES256"', b'{"alg":"ES256","kid":null}', b'{"alg":"ES256","alg":"none"}', b'{"alg":"ES256","kid":"release-1","crit":["b64"],"b64":false}',
      b'{"alg":"ES256","kid":"release-1","x":NaN}', b'{"alg":"ES256","kid":"release-1","x":"\\ud800"}', b"{" + b" " * 5000 + b"}",
      b'{"alg":"ES256","x":' + b"[" * 1000 + b"]" * 1000 + b"}"],
 )  # fmt: skip

@@ -14,32 +14,20 @@ from typing import Any
 import pytest
 
 from examples.demo.kit import CA
-from sidecar import cli
 from sidecar.bundles import archive, release, signature
 from sidecar.bundles.archive import Bundle
 from support.bundles import Key, made, private, signed
+from support.commands import Commands
 
 KEY, OTHER = Key(), Key("release-2")
 
 
-class Shell:
-    """Runs commands in a directory; `out` and `err` are what the last one said."""
+class Shell(Commands):
+    """Runs commands in a directory."""
 
     def __init__(self, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        super().__init__("bundle", capsys)
         self.home = home
-        self.out = self.err = ""
-        self._capsys = capsys
-
-    def __call__(self, *arguments: object) -> int:
-        code = cli.main(["bundle", *map(str, arguments)])
-        self.out, self.err = self._capsys.readouterr()
-        return code
-
-    def misused(self, *arguments: object) -> str:
-        with pytest.raises(SystemExit) as caught:
-            self(*arguments)
-        assert caught.value.code == 2
-        return self._capsys.readouterr().err
 
     def put(self, name: str, content: bytes | str) -> Path:
         path = self.home / name
@@ -87,11 +75,36 @@ def test_without_a_key_it_is_not_signed_and_with_one_that_is_bad_nothing_is_writ
     assert shell("build", "--revision", "r", "--serial", 1, "-o", "out.tar.gz") == 0
     assert "not signed" in shell.out
     assert shell("verify", "out.tar.gz", "--key", "k=release-1.pub") == 1
-    assert shell.err == "sidecar: is not signed: it has no .signatures.json\n"
+    assert shell.err == "sidecar: out.tar.gz: is not signed: it has no .signatures.json\n"
     (shell.home / "release-1.pem").chmod(0o644)
     assert shell("build", "--revision", "r", "--serial", 1, "--key", "release-1.pem", "-o", "other.tar.gz") == 1
     assert "others may read it" in shell.err
     assert not (shell.home / "other.tar.gz").exists()
+
+
+@pytest.mark.live
+def test_an_overlay_without_anything_is_a_mistake(shell: Shell, opa: Path) -> None:
+    shell.put("red/a_test.rego", "package team.red_test\n\ntest_a := true\n")
+    assert shell("build", "--revision", "r", "--serial", 1, "--overlay", "red=red", "-o", "out.tar.gz") == 1
+    assert shell.err == "sidecar: red: the overlay red is empty: what it was to refuse would be let through\n"
+    assert not (shell.home / "out.tar.gz").exists()
+    shell.put("red/data.yaml", "inbound: {deny: []}\n")
+    assert shell("build", "--revision", "r", "--serial", 1, "--overlay", "red=red", "-o", "out.tar.gz") == 0
+
+
+def test_what_nobody_vouches_for_cannot_play_with_the_terminal(shell: Shell) -> None:
+    cache = {"x\x1b[2J": {"pure": True, "fields": [["\x1b]0;gone\x07"]]}}
+    shell.put("hostile.tar.gz", archive.pack(made(7, cache=cache)))
+    assert shell("inspect", "hostile.tar.gz") == 0
+    assert "cache    x\\x1b[2J: pure, reads input.\\x1b]0;gone\\x07\n" in shell.out
+    assert "\x1b" not in shell.out
+
+
+def test_a_number_that_no_program_reads_is_told(shell: Shell) -> None:
+    manifest = b'{"revision": "r", "roots": ["x"], "metadata": {"serial": 1, "x": ' + b"9" * 5000 + b"}}"
+    shell.put("long.tar.gz", archive.pack(archive.Bundle(files={".manifest": manifest}, signatures=None)))
+    assert shell("inspect", "long.tar.gz", "--json") == 1
+    assert shell.err.startswith("sidecar: long.tar.gz: ")
 
 
 @pytest.mark.live

@@ -11,36 +11,24 @@ from typing import Any
 import jsonschema
 import pytest
 
-from sidecar import cli
 from sidecar.cli import policy
 from sidecar.decision import rehearsal, replay
 from sidecar.decision.rehearsal import UNDEFINED, NoAnswer
 from support.bundles import Key, made, signed
+from support.commands import Commands
 
 SCHEMA = json.loads((Path(__file__).parents[3] / "policies/rego/schemas/input.json").read_text())
 READER = "spiffe://a.test/ns/x/sa/reader"
 
 
-class Shell:
+class Shell(Commands):
     """Runs commands; `asked` is what they asked of OPA, `answer` what it says, `files` what it runs."""
 
     def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        super().__init__("policy", capsys)
         self.answer: object = {"allow": True, "rule": "rbac/readers", "reason": "granted"}
         self.asked: list[tuple[str, dict[str, Any]]] = []
         self.files: Mapping[str, bytes] = {}
-        self.out = self.err = ""
-        self._capsys = capsys
-
-    def __call__(self, *arguments: object) -> int:
-        code = cli.main(["policy", *map(str, arguments)])
-        self.out, self.err = self._capsys.readouterr()
-        return code
-
-    def misused(self, *arguments: object) -> str:
-        with pytest.raises(SystemExit) as caught:
-            self(*arguments)
-        assert caught.value.code == 2
-        return self._capsys.readouterr().err
 
     def decide(self, entrypoint: str, questions: Sequence[dict[str, Any]]) -> list[object]:
         self.asked += [(entrypoint, question) for question in questions]
@@ -108,6 +96,10 @@ def test_what_does_not_allow_exits_1(shell: Shell, answer: object, told: str) ->
         ),
         ((READER, "GET", "/", "--direction", "outbound", "--to", "spiffe://b.test/x", "--plaintext"), {"tls": False}),
         (
+            (READER, "GET", "/", "--direction", "egress", "--host", "[2001:DB8::1]:443"),
+            {"host": "2001:db8::1", "target": {"address": "[2001:db8::1]:443", "spiffe_ids": [], "route": None}},
+        ),
+        (
             (READER, "GET", "/", "--direction", "egress", "--host", "api.test:443"),
             {"caller_reason": "local_process", "host": "api.test", "port": 443},
         ),
@@ -168,6 +160,12 @@ def test_what_cannot_be_asked_is_told(shell: Shell, arguments: tuple[str, ...], 
     assert not shell.asked
 
 
+def test_what_cannot_be_written_down_is_not_asked(shell: Shell) -> None:
+    assert shell("simulate", READER, "G\udcff", "/") == 1
+    assert shell.err == "sidecar: the question cannot be written: UnicodeEncodeError: a sidecar answers 503\n"
+    assert shell.asked == []
+
+
 def test_rules_come_from_the_library_a_directory_or_a_bundle(shell: Shell, tmp_path: Path) -> None:
     shell("simulate", READER, "GET", "/")
     assert "sidecar/inbound/inbound.rego" in shell.files
@@ -179,15 +177,6 @@ def test_rules_come_from_the_library_a_directory_or_a_bundle(shell: Shell, tmp_p
     (tmp_path / "b.tar.gz").write_bytes(signed(made(7), Key()))
     shell("simulate", READER, "GET", "/", "--bundle", "b.tar.gz")
     assert "sidecar/inbound.rego" in shell.files
-
-
-@pytest.mark.parametrize("command", [("simulate", READER, "GET", "/"), ("replay", "d")])
-def test_without_the_client_of_opa_it_is_said(
-    shell: Shell, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
-) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
-    assert shell(*command) == 1
-    assert "opa-python-client is not installed" in shell.err
 
 
 # ── replay ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -223,6 +212,15 @@ def test_unexpected_flips_exit_1(shell: Shell, log: Callable[..., Path]) -> None
     assert shell("replay", "d", "--examples", "0") == 1
     assert "… and 1 more\n" in shell.out
     assert "no decision any more: 3\n" in shell.out
+
+
+def test_what_callers_sent_cannot_play_with_the_terminal(shell: Shell, log: Callable[..., Path]) -> None:
+    asked = {"caller": "\x1b[2J", "method": "GET", "path": "/\x1b]0;gone\x07"}
+    assert shell("replay", log(False, input=asked, result={"allow": False, "rule": "\x9b2J"})) == 1
+    assert "deny to allow  \\x1b[2J GET /\\x1b]0;gone\\x07  (was \\x9b2J, would be rbac/readers)" in shell.out
+    shell.answer = {"allow": False, "reason": "\x1b[2J"}
+    assert shell("simulate", READER, "GET", "/") == 1
+    assert "reason: \\x1b[2J" in shell.out
 
 
 def test_the_tally_for_programs(shell: Shell, log: Callable[..., Path]) -> None:

@@ -517,6 +517,15 @@ def test_mtls_without_identity_is_refused() -> None:
     assert "inbound[0] is permissive" in message
 
 
+def test_a_mask_that_is_nowhere_in_the_words_of_envoy_is_refused() -> None:
+    envoy = IDENTITY + POLICY.replace("policy: {", "policy: {input: envoy, ") + INBOUND
+    log = "decision_log: {file: d, mask: [/result/body, /input/attributes/request/http/headers/cookie%s]}\n"
+    load(envoy + log % "", {}, BASE)
+    path, _, message = only(envoy + log % ", /input/headers/cookie")
+    assert path == "decision_log.mask"
+    assert message.startswith("/input/headers/cookie is nowhere with policy.input: envoy")
+
+
 def test_nothing_to_do_is_refused() -> None:
     path, _, message = only(IDENTITY + POLICY)
     assert path == ""

@@ -177,6 +177,32 @@ async def test_many_are_held_and_all_are_woken(asker: Asker) -> None:
     assert seen == [2] * 300
 
 
+@pytest.mark.parametrize("path", ["/v1/bundles/sidecar", "/v1/bundles/sidecar/candidate"])
+async def test_who_was_let_in_by_policy_that_is_no_longer_in_force_gets_nothing_by_it(
+    asker: Asker, nursery: trio.Nursery, path: str
+) -> None:
+    """Perhaps it may not read any more: it asks again, and is decided again."""
+    await asker.settled(1)
+    tag = (await asker.get("a")).fields["etag"]
+    await asker.publish(2)
+    in_force, seen = "one", []
+    asker.fleet._in_force = lambda: in_force
+    ask = [(b"prefer", b"wait=60"), *([] if "candidate" in path else [(b"if-none-match", tag.encode())])]
+
+    async def wait() -> None:
+        seen.append((await asker.ask("GET", path, by="a", fields=ask)).status)
+        seen.append(serial(await asker.ask("GET", path, by="a", fields=ask)))
+
+    nursery.start_soon(wait)
+    await trio.testing.wait_all_tasks_blocked()
+    in_force = "two"
+    await asker.order(
+        "start", serial=2, rings=RINGS if "candidate" in path else [{"name": "all", "percent": 100}], gates=PATIENT
+    )
+    await trio.sleep(0.05)
+    assert seen == [204 if "candidate" in path else 304, 2]
+
+
 async def test_who_is_not_in_the_ring_goes_on_waiting(asker: Asker, nursery: trio.Nursery) -> None:
     await asker.settled(1)
     tag = (await asker.get("a")).fields["etag"]

@@ -130,6 +130,18 @@ async def test_the_audit_log_only_grows(database: Path | str) -> None:
     await state.close()
 
 
+async def test_nor_is_an_entry_replaced(tmp_path: Path) -> None:
+    """SQLite does not call that a deletion, nor an update."""
+    state = await State.open(tmp_path / "fleet.sqlite")
+    await state.publish("sidecar", published(1))
+    forged = "REPLACE INTO audit (id, at, bundle, action, who, why) VALUES (1, 0, 'sidecar', 'publish', 'nobody', '')"
+    with pytest.raises(StateUnavailable, match="append-only"):
+        await state._write(lambda connection: connection.execute(text(forged)))
+    await state.publish("sidecar", published(2))
+    assert [(entry["id"], entry["who"]) for entry in await state.audit("sidecar")] == [(1, WHO), (2, WHO)]
+    await state.close()
+
+
 async def test_what_was_heard_is_merged_where_it_is_kept(database: Path | str) -> None:
     one, other = await State.open(database), await State.open(database)
     await one.hear("sidecar", [Contact(id="a", at=1.0, given=3, labels={"x": "y"})])

@@ -44,7 +44,11 @@ def test_the_time_of_a_line_is_when_it_ended() -> None:
 def test_the_fields_of_an_exchange_are_those_of_its_record_and_documented() -> None:
     told = set(read(access_log.line(exchange())))
     record = {field.name for field in fields(Exchange)} - {"started_at"}
-    assert told == record | {"ts", "level", "event", "peer_kind", "peer_reason", "cached"} == set(documented("exchange.ended"))
+    assert (
+        told
+        == record | {"ts", "level", "event", "peer_kind", "peer_reason", "cached"}
+        == set(documented("exchange.ended"))
+    )
 
 
 def test_the_fields_of_a_connection_are_those_of_its_record_and_documented() -> None:

@@ -439,6 +439,32 @@ async def test_what_was_not_taken_is_sent_again_in_order(service: Service, fault
     assert upload.dropped == 0
 
 
+async def test_it_is_known_what_became_of_each_event(service: Service) -> None:
+    upload = Upload(service.post, 10_000, service.log)
+    for number in range(12):
+        upload.write(event(number, 970))
+    assert (upload.dropped, upload.waiting) == (2, 10)
+    assert upload.waiting_bytes == sum(len(event(number, 970)) for number in range(2, 12))
+    service.says = 503
+    await upload.send()
+    assert (upload.uploads, upload.failed_uploads, upload.uploaded, upload.waiting) == (0, 1, 0, 10)
+    service.says = None
+    with trio.move_on_after(0.05):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(upload.send)
+            await trio.sleep(0.02)
+            assert upload.waiting == 10  # those that are under way are not taken yet
+            await trio.sleep_forever()
+    assert (upload.waiting, upload.failed_uploads) == (10, 1)
+    service.says = 200
+    await upload.send()
+    assert (upload.uploads, upload.uploaded, upload.waiting, upload.waiting_bytes) == (1, 10, 0, 0)
+    service.says = 413
+    upload.write(event(0))
+    await upload.send()
+    assert (upload.failed_uploads, upload.dropped, upload.uploaded, upload.waiting) == (2, 3, 10, 0)
+
+
 @pytest.mark.parametrize("status", [400, 413, 415, 422])
 async def test_a_batch_that_will_never_be_taken_does_not_hold_up_the_others(service: Service, status: int) -> None:
     upload = Upload(service.post, 4 << 20, service.log)
@@ -505,5 +531,18 @@ async def test_what_was_being_sent_at_the_end_is_there_for_one_last_try(service:
     with trio.move_on_after(0.05):
         await upload.send()
     service.says = 200
+    assert await upload.send()
+    assert service.taken == [0, 1, 2]
+
+
+async def test_an_end_before_anything_was_sent_loses_nothing(service: Service) -> None:
+    upload = Upload(service.post, 1 << 20, service.log)
+    for number in range(3):
+        upload.write(event(number))
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await upload.send()
+    assert scope.cancelled_caught
+    assert upload.waiting == 3
     assert await upload.send()
     assert service.taken == [0, 1, 2]

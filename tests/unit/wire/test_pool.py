@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import socket
 from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from itertools import pairwise
 
 import pytest
@@ -584,14 +584,20 @@ async def test_where_all_addresses_fail_all_are_tried_all_the_same(autojump_cloc
         assert await exchange(client, PLAIN) == b"ok"
 
 
-@pytest.mark.parametrize("speaks", ["h1", "h2"])
-async def test_an_address_whose_requests_fail_again_and_again_gets_no_more_of_them(autojump_clock, speaks):
-    """Kept connections too: what is shared would go on carrying all there is."""
+@asynccontextmanager
+async def failing_slowly(speaks):
+    """A pool over two addresses of one upstream, which ejects one after three failures in a row."""
     places, told = Places(ONE, TWO), Told()
-    upstream = PLAIN if speaks == "h1" else H2C
     async with AsyncExitStack() as stack:
         await places.stand(stack, (Agent()._connection if speaks == "h1" else H2Agent().connection))
         client = await stack.enter_async_context(pool(places.network, log=told, max_failures=3))
+        yield places, told, client, PLAIN if speaks == "h1" else H2C
+
+
+@pytest.mark.parametrize("speaks", ["h1", "h2"])
+async def test_an_address_whose_requests_fail_again_and_again_gets_no_more_of_them(autojump_clock, speaks):
+    """Kept connections too: what is shared would go on carrying all there is."""
+    async with failing_slowly(speaks) as (places, told, client, upstream):
         for _ in range(3):
             stream = await client.open(upstream)
             await converse(stream)
@@ -607,11 +613,7 @@ async def test_an_address_whose_requests_fail_again_and_again_gets_no_more_of_th
 
 @pytest.mark.parametrize("speaks", ["h1", "h2"])
 async def test_an_answer_in_between_ends_a_row_of_failures(autojump_clock, speaks):
-    places, told = Places(ONE, TWO), Told()
-    upstream = PLAIN if speaks == "h1" else H2C
-    async with AsyncExitStack() as stack:
-        await places.stand(stack, (Agent()._connection if speaks == "h1" else H2Agent().connection))
-        client = await stack.enter_async_context(pool(places.network, log=told, max_failures=3))
+    async with failing_slowly(speaks) as (places, told, client, upstream):
         for number in range(20):
             stream = await client.open(upstream)
             await converse(stream)
@@ -624,11 +626,7 @@ async def test_an_answer_in_between_ends_a_row_of_failures(autojump_clock, speak
 
 @pytest.mark.parametrize("speaks", ["h1", "h2"])
 async def test_a_request_that_was_given_up_speaks_neither_for_an_address_nor_against_it(autojump_clock, speaks):
-    places, told = Places(ONE, TWO), Told()
-    upstream = PLAIN if speaks == "h1" else H2C
-    async with AsyncExitStack() as stack:
-        await places.stand(stack, (Agent()._connection if speaks == "h1" else H2Agent().connection))
-        client = await stack.enter_async_context(pool(places.network, log=told, max_failures=3))
+    async with failing_slowly(speaks) as (_, told, client, upstream):
         for number in range(3):
             stream = await client.open(upstream)
             await converse(stream)

@@ -23,7 +23,7 @@ hosts := {
 	},
 	"barred.example.net": {"deny": [all]},
 	"silent.example.com": {"description": "says nothing"},
-	"[2001:db8::1]": {"allow": [all]},
+	"2001:db8::1": {"allow": [all]},
 }
 
 question := {
@@ -71,7 +71,7 @@ test_decisions if {
 			true, "egress/plain.example.com", "granted for plain.example.com",
 		],
 		[{"host": "plain.example.com", "port": 80}, false, "egress/port", "not granted to this agent on port 80"],
-		[{"host": "[2001:db8::1]"}, true, "egress/[2001:db8::1]", "granted for [2001:db8::1]"],
+		[{"host": "2001:db8::1"}, true, "egress/2001:db8::1", "granted for 2001:db8::1"],
 		# Tunnels have to be named.
 		[tunnel("plain.example.com", 443), false, "egress/scheme", "not granted to this agent over tunnel"],
 		[tunnel("deep.example.com", 22), true, "egress/deep.example.com", "granted for deep.example.com"],

@@ -48,7 +48,7 @@ problems contains sprintf("%s.%s.deny[%d]: malformed rule", [path, name, i]) if 
 
 problems contains sprintf("sidecar.hosts: neither a host nor *.<domain> nor *, in lower case: %s", [name]) if {
 	some name, _ in maps["sidecar.hosts"]
-	not regex.match(`^([*]|([*][.])?[a-z0-9_-]+([.][a-z0-9_-]+)*|\[[0-9a-f:.]+\])$`, name)
+	not regex.match(`^([*]|([*][.])?[a-z0-9_-]+([.][a-z0-9_-]+)*|[0-9a-f]*(:[0-9a-f.]*){2,8})$`, name)
 }
 
 problems contains sprintf("sidecar.hosts.%s: a tunnel is granted, in which what is denied here by path cannot be seen", [name]) if {

@@ -98,7 +98,8 @@ test_problems_of_destinations if {
 test_problems_of_hosts if {
 	every case in [
 		[{"api.example.com": {"allow": [egress_rule], "deny": [object.union(rule, {"schemes": ["tunnel"]})]}, "*": {}}, set()],
-		[{"*.example.com": {"allow": [object.union(rule, {"not_paths": ["/a/b"]})]}, "[2001:db8::1]": {}}, set()],
+		[{"*.example.com": {"allow": [object.union(rule, {"not_paths": ["/a/b"]})]}, "2001:db8::1": {}, "::1": {}}, set()],
+		[{"[::1]": {}}, {"sidecar.hosts: neither a host nor *.<domain> nor *, in lower case: [::1]"}],
 		[[], {"sidecar.hosts: must be an object"}],
 		[{"a": {"allow": "/"}}, {sprintf("sidecar.hosts.a: %s", [no_role])}],
 		[{"a": {"allow": [object.union(rule, {"require_tls": false})]}}, {"sidecar.hosts.a.allow[0]: malformed rule"}],
