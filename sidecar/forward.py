@@ -169,7 +169,7 @@ class Forward:
         head, fields, body = self._attempt.head, self._attempt.fields, self._permit.request.body
         allow = self._permit.allow
         if allow.request_headers or allow.request_headers_removed:
-            fields = headers.with_added(fields, allow.request_headers, allow.request_headers_removed)
+            fields = headers.with_added(fields, allow.request_headers, self._set_or_removed())
         self._began = self._stopwatch()
         if body.length != 0:
             return await self._converse(stream, fields)
@@ -231,9 +231,14 @@ class Forward:
 
     def _reserved(self) -> frozenset[bytes]:
         """Names that were decided on, or set by policy: trailers may not say otherwise."""
+        return self._attempt.reserved | self._set_or_removed()
+
+    def _set_or_removed(self) -> frozenset[bytes]:
+        """Folded names of which policy says what the upstream sees."""
         allow = self._permit.allow
-        set_by_policy = {headers.fold(name.encode()) for name in allow.request_headers}
-        return self._attempt.reserved | set_by_policy | allow.request_headers_removed
+        return frozenset(
+            headers.fold(name.encode()) for name in (*allow.request_headers, *allow.request_headers_removed)
+        )
 
     async def _respond(self, stream: UpstreamStream) -> None:
         request, upload = self._permit.request.head, self._upload

@@ -370,7 +370,7 @@ class Allow:
     reason: str | None = None
     rule: str | None = None
     request_headers: Mapping[str, str] = field(default_factory=lambda: NOTHING)
-    request_headers_removed: frozenset[bytes] = frozenset()
+    request_headers_removed: frozenset[str] = frozenset()
     """Folded names (`headers.fold`) of what the caller sent and the upstream shall not see."""
     response_headers: Mapping[str, str] = field(default_factory=lambda: NOTHING)
     credential: str | None = None

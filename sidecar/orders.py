@@ -168,6 +168,8 @@ def decided(payload: bytes) -> Decided:
     """Raises ValueError or TypeError for what `compared` has not made."""
     kind, inquiry, decision, exchange_id, at, seconds = json.loads(payload)
     made: type[Allow | Deny] = {"allow": Allow, "deny": Deny}[kind]
+    if "request_headers_removed" in decision:
+        decision["request_headers_removed"] = frozenset(decision["request_headers_removed"])
     return Decided(
         at=float(at), exchange_id=str(exchange_id), inquiry=Inquiry(**inquiry), decision=made(**decision), error=None,
         seconds=float(seconds),

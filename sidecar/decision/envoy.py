@@ -89,7 +89,7 @@ def read(result: Mapping[str, object], decision_id: str, revision: str) -> Decis
     if allowed:
         return Allow(
             decision_id=decision_id, revision=revision,
-            request_headers={name: value for name, value in headers.items() if fold(name.encode()) not in removed},
+            request_headers={name: value for name, value in headers.items() if fold(name.encode()).decode() not in removed},
             request_headers_removed=removed,
             response_headers=_headers(result.get("response_headers_to_add", {})),
         )  # fmt: skip
@@ -130,11 +130,12 @@ def _headers(value: object) -> Mapping[str, str]:
     return ours.settable(found)
 
 
-def _removed(value: object) -> frozenset[bytes]:
+def _removed(value: object) -> frozenset[str]:
     """Names that Envoy removes after it has set the others. What policy may not set it may not remove."""
     if type(value) is not list:
         raise ours.malformed("request_headers_to_remove is not a list")
-    return frozenset(fold(name.encode()) for one in value for name in ours.settable({ours.text(one, "a name"): ""}))
+    names = {name for one in value for name in ours.settable({ours.text(one, "a name"): ""})}
+    return frozenset(fold(name.encode()).decode() for name in names)
 
 
 def _reason(body: str) -> str:

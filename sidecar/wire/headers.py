@@ -290,7 +290,7 @@ def with_ids(fields: Sequence[Field], at: int, request_id: str, traceparent: str
 def with_added(fields: Fields, add: Mapping[str, str], removed: frozenset[bytes] = frozenset()) -> list[Field]:
     """Set policy's headers (each has passed `policy_may_set`) in the place of any field with the same folded name.
 
-    `removed`: folded names that policy takes away.
+    `removed`: folded names that policy takes away besides.
     """
     ours = [(name.lower().encode("ascii"), value.encode("ascii")) for name, value in add.items()]
     replaced = {name.translate(_FOLD) for name, _ in ours} | removed

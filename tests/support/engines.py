@@ -34,6 +34,10 @@ class FakeEngine:
     def bundle_revision(self) -> str | None:
         return self.bundle.revision if self.bundle is not None else None
 
+    @property
+    def in_force(self) -> PolicyBundle | None:
+        return self.bundle
+
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         with self._scope:
             self.running = True

@@ -9,7 +9,7 @@ from typing import Any
 
 import trio
 
-from sidecar import config
+from sidecar import apart, config
 from sidecar.bundles.terms import Terms
 from sidecar.candidate import RETRY, Candidate
 from sidecar.config import Policy, Remote
@@ -48,7 +48,7 @@ class House:
         self._file = file
         self.candidate = Candidate(
             self.shadow, policy=self.policy, terms=lambda: self.terms, labels={"ring": "canary"}, asking=self.asked,
-            engine=self.made, log=self.events,  # type: ignore[arg-type]
+            engine=self.made, log=self.events, do=apart.here,  # type: ignore[arg-type]
         )  # fmt: skip
 
     def policy(self) -> Policy:
