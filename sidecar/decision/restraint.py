@@ -16,7 +16,8 @@ from sidecar.model import Direction, Inquiry
 
 PATIENCE = 16.0
 """Times what a shared query usually takes: much more than a hiccup of the machine, which slows down all."""
-MIN_PATIENCE = 0.05
+MIN_PATIENCE = 0.1
+"""Seconds. A machine with too much to do, or a container at its limit, stands still for nearly as long, now and then."""
 MAX_PATIENCE = 0.3
 """Of the time that there is for a decision: a question waits twice at most, for its query to be sent and for the answer, and
 enough must be left for being asked alone."""
@@ -77,7 +78,7 @@ class Restraint:
         """Share nothing for a while; False where that is so already."""
         if now < self.resume_at:
             return False
-        soon = now < self.resume_at + 2 * self._pause
+        soon = now < self.resume_at + self._pause
         self._pause = min(2 * self._pause, MAX_PAUSE) if soon else FIRST_PAUSE
         self.resume_at = now + self._pause
         self.pauses += 1

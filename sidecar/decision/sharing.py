@@ -1,14 +1,15 @@
 """Questions that wait for OPA anyway, asked in one query.
 
-One query is with OPA. A question that comes when there is none is asked at once and alone, as if this file were not there.
-What comes meanwhile waits, and goes together, up to `max_together`, when that query has ended: nobody ever waits for more to come.
-A query costs OPA as much as the evaluation of a decision or two, before anything is evaluated; that is what is saved.
+As long as few questions are with OPA, each is asked at once and by itself, as if this file were not there. When there are
+`ENOUGH` already, what comes waits until one of them has its answer, and goes together with what waits by then, up to
+`max_together`; what comes meanwhile goes together in the next query, until few wait again. Nobody ever waits for more to come. A
+query costs OPA as much as the evaluation of a decision or two, before anything is evaluated; that is what is saved.
 
-    arrives ──no query is with OPA─────────────────────────────────────▶ asked alone ──▶ answered
-       └──there is one──▶ waits ──it has ended, nobody else waits───────▶ asked alone
-                            ├──it has ended, others wait──▶ together ──┬─▶ answered
-                            │                                          └─the query failed─▶ asked alone, and watched
-                            └──out of patience, or nothing is shared────▶ asked alone, and watched
+    arrives ──few are with OPA──────────────────────────────────────────▶ asked alone ──▶ answered
+       └──enough are──▶ waits ──a query has ended, few wait──────────────▶ asked alone
+                          ├──a query has ended, many wait──▶ together ──┬─▶ answered
+                          │                                             └─the query failed─▶ asked alone, and watched
+                          └──out of patience, or nothing is shared───────▶ asked alone, and watched
 
 Nobody may be harmed by whom it shares with. Whoever waits does so in its own task, with its own cancellation, and no longer
 than its patience (`restraint`); then it is asked alone, within what is left of its time. A query that fails as a whole (one of
@@ -38,6 +39,10 @@ from sidecar.model import Allow, Decision, Deny, Direction, Inquiry
 
 MAX_TOGETHER = 16
 """More cost as much each as 16 do, and make the first wait for the last."""
+ENOUGH = 4
+"""Questions with OPA one by one, from which on others wait. Where fewer come at a time, handing them over costs us what OPA saves."""
+FEW = 2
+"""Questions that wait, which are asked one by one all the same."""
 _MAX_BYTES_TOGETHER = 1 << 16
 _MAX_BYTES_SHARED = 1 << 13
 """A longer question is asked alone: the others would pay for its parsing."""
@@ -48,7 +53,7 @@ _LOOK_INTERVAL = 0.01
 class _Alone(Enum):
     """Why a question that has waited is to be asked alone."""
 
-    IN_ITS_TURN = "nobody else waits, and no query is with OPA"
+    IN_ITS_TURN = "few wait"
     PAUSED = "nothing is shared at present: a query failed, or took too long"
     IMPATIENT = "it has waited for long enough"
 
@@ -61,7 +66,7 @@ _IMPATIENT: Final = _Alone.IMPATIENT
 class _Waiting:
     """A question whose task is parked until `wake`."""
 
-    __slots__ = ("body", "direction", "patience", "said", "task", "until")
+    __slots__ = ("body", "direction", "era", "patience", "said", "task", "until")
 
     def __init__(self, direction: Direction, body: bytes, now: float, patience: float) -> None:
         self.direction = direction
@@ -70,6 +75,8 @@ class _Waiting:
         self.until = now + patience
         """When that ends; counted anew when its query is sent."""
         self.said: Decision | NoDecision | _Alone | None = None
+        self.era = 0
+        """In which it was told to go by itself."""
         self.task: trio.lowlevel.Task | None = trio.lowlevel.current_task()
         """None once it does not wait any more."""
 
@@ -93,7 +100,14 @@ class Sharing:
     """
 
     def __init__(
-        self, opa: Opa, nursery: trio.Nursery, batch: Iterable[str], *, max_together: int = MAX_TOGETHER
+        self,
+        opa: Opa,
+        nursery: trio.Nursery,
+        batch: Iterable[str],
+        *,
+        max_together: int = MAX_TOGETHER,
+        enough: int = ENOUGH,
+        few: int = FEW,
     ) -> None:
         self.opa = opa
         self.queries = self.together = self.spoilt = 0
@@ -102,11 +116,15 @@ class Sharing:
         offered = frozenset(batch)
         self._offered = [one for one in contract.DIRECTIONS if contract.OURS.path(one) in offered]
         self._max_together = max_together
+        self._enough = enough
+        self._few = min(few, max_together - 1)
         self._restraint = Restraint()
-        self._taken = False
-        """Whether a query is with OPA that others wait for."""
+        self._alone = 0
+        """Questions with OPA one by one."""
+        self._sharing = False
+        """Whether a shared query is with OPA."""
         self._era = 0
-        """For one of an earlier era nobody does: it kept them waiting for too long."""
+        """What is with OPA since an earlier one does not count: it kept others waiting for too long."""
         self._queues: dict[Direction, deque[_Waiting]] = {}
         """For each direction that is shared; the one served last comes last."""
         self._queued = 0
@@ -157,10 +175,10 @@ class Sharing:
         now = trio.current_time()
         if now < self._restraint.resume_at or self._restraint.keeps_out(inquiry, now):
             return await self.opa.decide(inquiry, decision_timeout)
-        if self._taken:
+        if self._sharing or self._alone >= self._enough:
             return await self._decide_later(inquiry, decision_timeout, now)
-        self._taken = True
-        return await self._by_itself(inquiry, decision_timeout, None, now)
+        self._alone += 1
+        return await self._by_itself(inquiry, decision_timeout, None, now, self._era)
 
     async def aclose(self) -> None:
         """Wait until nobody waits any more, then as `Opa.aclose`. Nothing may be asked any more."""
@@ -178,9 +196,10 @@ class Sharing:
 
     # ── alone ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _by_itself(self, inquiry: Inquiry, timeout: float, body: bytes | None, began: float) -> Decision:
-        """Ask the one query that others wait for, and have them asked when it has ended."""
-        era = self._era
+    async def _by_itself(
+        self, inquiry: Inquiry, timeout: float, body: bytes | None, began: float, era: int
+    ) -> Decision:
+        """Ask it, counted in this era, and see to those who wait when it has ended."""
         try:
             return await self.opa.decide(inquiry, timeout, body=body)
         except NoDecision as error:
@@ -189,11 +208,10 @@ class Sharing:
         finally:
             if era != self._era:
                 self._slow(inquiry, timeout)
-            elif self._pays(trio.current_time() - began):
-                if self._queued:
+            else:
+                self._alone -= 1
+                if self._pays(trio.current_time() - began) and self._queued and not self._sharing:
                     self._go_on()
-                else:
-                    self._taken = False
 
     async def _sent_away(self, inquiry: Inquiry, timeout: float, body: bytes) -> Decision:
         """Ask one of those for whom sharing has gone wrong, and see whether it is their fault."""
@@ -230,7 +248,7 @@ class Sharing:
                 raise said
             now = trio.current_time()
             if said is _IN_ITS_TURN:
-                return await self._by_itself(inquiry, began + timeout - now, body, now)
+                return await self._by_itself(inquiry, began + timeout - now, body, now, waiting.era)
             if said is _IMPATIENT:
                 self._stop_for_a_while(now)
             return await self._sent_away(inquiry, began + timeout - now, body)
@@ -296,7 +314,7 @@ class Sharing:
         self._pays(took / len(group))
 
     def _go_on(self) -> None:
-        """A query of one has ended, and others wait."""
+        """A question that was asked by itself has its answer, and others wait."""
         if self._next():
             if self._parked is None:
                 self._nursery.start_soon(self._carry)
@@ -309,16 +327,17 @@ class Sharing:
             trio.lowlevel.reschedule(carrier)
 
     def _next(self) -> bool:
-        """A query has ended. Whether several go together in the next; one that waits alone is told to go by itself."""
+        """A query has ended. Whether several go together in the next; if few wait, they are told to go by themselves."""
         group = self._group()
-        if len(group) > 1:
+        self._sharing = len(group) > self._few
+        if self._sharing:
             self._carried = group
             return True
         self._carried = []
-        if group:
-            group[0].wake(_IN_ITS_TURN)
-        else:
-            self._taken = False
+        for one in group:
+            one.era = self._era
+            one.wake(_IN_ITS_TURN)
+        self._alone += len(group)
         return False
 
     def _group(self) -> list[_Waiting]:
@@ -361,7 +380,8 @@ class Sharing:
     def _release(self) -> None:
         """Let all who wait be asked alone, and wait for nothing that is with OPA."""
         self._era += 1
-        self._taken = False
+        self._alone = 0
+        self._sharing = False
         self._first_answer = None
         for waiting in (*self._queues.values(), self._carried):
             for one in waiting:

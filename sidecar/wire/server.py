@@ -98,7 +98,7 @@ class Server:
         async with trio.open_nursery() as nursery:
 
             def connected(sock: socket.socket, remote: Address) -> None:
-                life = _Life(connection_id=next(self._ids), remote=remote)
+                life = _Life(connection_id=next(self._ids), remote=remote, patience=self.settings.handshake_timeout)
                 self._lives[life] = None  # before the first wait: whoever waits for the last to end must know of it
                 nursery.start_soon(self._connection, sock, listener.address, life)
 
@@ -179,7 +179,7 @@ class Server:
             life, life.remote.host,
             max_connections=settings.max_connections, max_connections_per_peer=settings.max_connections_per_peer,
         )  # fmt: skip
-        life.settling, life.scope.deadline = life.scope, trio.current_time() + settings.handshake_timeout
+        life.settling = life.scope
         stream, buffer, connection = await settle(
             sock, connection_id=life.connection_id, remote=life.remote, local=local, mode=settings.mode,
             plaintext_peer=self._plaintext_peer, credentials=self._credentials,
@@ -211,10 +211,13 @@ class Server:
 class _Life(Guest):
     """What the record of a connection will say."""
 
-    def __init__(self, *, connection_id: str, remote: Address) -> None:
+    def __init__(self, *, connection_id: str, remote: Address, patience: float) -> None:
+        """`patience`: seconds until its peer must be settled."""
         self.connection_id = connection_id
         self.remote = remote
-        self.scope = trio.CancelScope()
+        self._started_at, self._started = time.time(), trio.current_time()
+        self.scope = trio.CancelScope(deadline=self._started + patience)
+        """What ends it: its deadline while its peer is not settled, then whoever has found out that the client has gone."""
         self.stream: Stream | None = None
         self.peer: Peer | None = None
         self.hung_up = False
@@ -222,7 +225,6 @@ class _Life(Guest):
         self._seen: tuple[Answering, int] | None = None
         """Of a client that has ended its side: its exchange, and how far the answer was at the last look."""
         self._quiet_since = 0.0
-        self._started_at, self._started = time.time(), trio.current_time()
         self._outcome: Outcome = "served"
         self._reason: str | None = None
         self._detail: str | None = None

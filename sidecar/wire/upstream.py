@@ -90,7 +90,9 @@ class ClientSettings:
     keepalive_timeout: float = 60.0
     """A connection that has been quiet for so long is asked whether its peer is still there."""
     max_connections: int = 512
-    """Open or being made to one upstream; and as many requests may wait for one of them."""
+    """Open or being made to one upstream; and as many requests more may wait for one of them."""
+    max_connecting: int = 32
+    """Being made at once: a pool that has lost all it had, by a rotation or a restart, is refilled and not stormed."""
     max_idle: int = 256
     """Kept h1 connections per upstream."""
     max_failures: int = 5

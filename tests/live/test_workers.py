@@ -424,6 +424,17 @@ def test_another_bundle_reaches_all_and_nobody_repeats_what_was_decided_before(l
     until(lambda: opas(live) == 1, "the OPA before has ended")
 
 
+def test_without_opa_nobody_lets_anything_through_and_with_the_next_one_all_do(live: Live) -> None:
+    with ExitStack() as stack:
+        socks = reach(live, stack)
+        os.kill(events(live, "opa.started")[-1]["pid"], signal.SIGKILL)
+        seen: set[int | None] = set()
+        while len(events(live, "opa.started")) < 2:
+            seen |= {status(exchange(sock, GOOD)) for sock in socks.values()}
+        until(lambda: all(status(exchange(sock, GOOD)) == 200 for sock in socks.values()), "both ask the next one")
+    assert 503 in seen <= {200, 503}
+
+
 def opas(live: Live) -> int:
     children = subprocess.run(
         ["ps", "-o", "args=", "--ppid", str(live.process.pid)], capture_output=True, text=True, check=True
