@@ -19,7 +19,7 @@ PATIENCE = 16.0
 MIN_PATIENCE = 0.1
 """Seconds. A machine with too much to do, or a container at its limit, stands still for nearly as long, now and then."""
 MAX_PATIENCE = 0.3
-"""Of the time that there is for a decision: a question waits twice at most, for its query to be sent and for the answer, and
+"""Of the time that there is for a decision: a question may wait so long twice, for its query to be sent and for the answer, and
 enough must be left for being asked alone."""
 FIRST_GUESS = 0.005
 """Seconds that a shared query takes."""
@@ -55,7 +55,12 @@ class Restraint:
 
     # ── patience ──────────────────────────────────────────────────────────────────────────────────────────────────
 
+    def longest(self, timeout: float) -> float:
+        """How long a question waits for its query to be sent, even if others are answered all the time."""
+        return MAX_PATIENCE * timeout
+
     def patience(self, timeout: float) -> float:
+        """How long it waits while nothing is answered."""
         return min(max(PATIENCE * self._usual, MIN_PATIENCE), MAX_PATIENCE * timeout)
 
     def took(self, seconds: float) -> None:

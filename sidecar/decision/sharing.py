@@ -40,7 +40,11 @@ from sidecar.model import Allow, Decision, Deny, Direction, Inquiry
 MAX_TOGETHER = 16
 """More cost as much each as 16 do, and make the first wait for the last."""
 ENOUGH = 4
-"""Questions with OPA one by one, from which on others wait. Where fewer come at a time, handing them over costs us what OPA saves."""
+"""Questions with OPA one by one, from which on others wait. To wait and then to be asked alone would cost, and save nothing."""
+CROWDED = 2
+"""The same where many have waited lately. Not 1: a slow question would hold up all."""
+CALM = 16
+"""Times in a row that only few wait, after which it is not crowded any more."""
 FEW = 2
 """Questions that wait, which are asked one by one all the same."""
 _MAX_BYTES_TOGETHER = 1 << 16
@@ -66,14 +70,13 @@ _IMPATIENT: Final = _Alone.IMPATIENT
 class _Waiting:
     """A question whose task is parked until `wake`."""
 
-    __slots__ = ("body", "direction", "era", "patience", "said", "task", "until")
+    __slots__ = ("body", "direction", "era", "said", "since", "task", "timeout")
 
-    def __init__(self, direction: Direction, body: bytes, now: float, patience: float) -> None:
+    def __init__(self, direction: Direction, body: bytes, since: float, timeout: float) -> None:
         self.direction = direction
         self.body = body
-        self.patience = patience
-        self.until = now + patience
-        """When that ends; counted anew when its query is sent."""
+        self.since = since
+        self.timeout = timeout
         self.said: Decision | NoDecision | _Alone | None = None
         self.era = 0
         """In which it was told to go by itself."""
@@ -116,7 +119,8 @@ class Sharing:
         offered = frozenset(batch)
         self._offered = [one for one in contract.DIRECTIONS if contract.OURS.path(one) in offered]
         self._max_together = max_together
-        self._enough = enough
+        self._enough = self._enough_now = enough
+        self._calm = 0
         self._few = min(few, max_together - 1)
         self._restraint = Restraint()
         self._alone = 0
@@ -134,6 +138,8 @@ class Sharing:
         self._parked: trio.lowlevel.Task | None = None
         """Who asks for several, while there is nothing to ask."""
         self._watching = False
+        self._ended = 0.0
+        """When the last query did."""
         self._first_answer: float | None = None
         """When the first of those who were sent away last was answered."""
         self._present = 0
@@ -175,7 +181,7 @@ class Sharing:
         now = trio.current_time()
         if now < self._restraint.resume_at or self._restraint.keeps_out(inquiry, now):
             return await self.opa.decide(inquiry, decision_timeout)
-        if self._sharing or self._alone >= self._enough:
+        if self._sharing or self._alone >= self._enough_now:
             return await self._decide_later(inquiry, decision_timeout, now)
         self._alone += 1
         return await self._by_itself(inquiry, decision_timeout, None, now, self._era)
@@ -210,7 +216,8 @@ class Sharing:
                 self._slow(inquiry, timeout)
             else:
                 self._alone -= 1
-                if self._pays(trio.current_time() - began) and self._queued and not self._sharing:
+                self._ended = trio.current_time()
+                if self._pays(self._ended - began) and self._queued and not self._sharing:
                     self._go_on()
 
     async def _sent_away(self, inquiry: Inquiry, timeout: float, body: bytes) -> Decision:
@@ -234,7 +241,7 @@ class Sharing:
             return await self.opa.decide(inquiry, timeout, body=body)
         self._present += 1
         try:
-            waiting = _Waiting(inquiry.direction, body, began, self._restraint.patience(timeout))
+            waiting = _Waiting(inquiry.direction, body, began, timeout)
             self._queues[inquiry.direction].append(waiting)
             self._queued += 1
             if not self._watching:
@@ -249,8 +256,6 @@ class Sharing:
             now = trio.current_time()
             if said is _IN_ITS_TURN:
                 return await self._by_itself(inquiry, began + timeout - now, body, now, waiting.era)
-            if said is _IMPATIENT:
-                self._stop_for_a_while(now)
             return await self._sent_away(inquiry, began + timeout - now, body)
         finally:
             self._present -= 1
@@ -258,15 +263,22 @@ class Sharing:
                 self._gone.set()
 
     async def _watch(self) -> None:
-        """See to it that nobody waits beyond its patience: one look-out costs less than a cancel scope for each."""
+        """See to it that nobody waits beyond its patience: one look-out costs less than a cancel scope for each.
+
+        Where query after query ends there is merely much to do, and who has waited for too long goes by itself. Where none
+        does, what is with OPA holds up all.
+        """
         try:
-            while self._queued or self._carried:
+            while self._queued:
                 await trio.sleep(_LOOK_INTERVAL)
                 now = trio.current_time()
-                for waiting in (*self._queues.values(), self._carried):
-                    for one in waiting:
-                        if now >= one.until:
+                for queue in self._queues.values():
+                    for one in queue:
+                        if now - one.since >= self._restraint.longest(one.timeout):
                             one.wake(_IMPATIENT)
+                        elif now - max(one.since, self._ended) >= self._restraint.patience(one.timeout):
+                            self._stop_for_a_while(now)
+                            break
         finally:
             self._watching = False
 
@@ -294,9 +306,7 @@ class Sharing:
         self.queries += 1
         self.together += len(group)
         began = trio.current_time()
-        for one in group:
-            one.until = began + one.patience
-        limit = max(one.patience for one in group)
+        limit = min(self._restraint.patience(one.timeout) for one in group)
         try:
             said = await self.opa.decide_together(group[0].direction, [one.body for one in group], limit)
         except NoDecision as error:
@@ -309,7 +319,8 @@ class Sharing:
             return
         for one, answer in zip(group, said, strict=True):
             one.wake(answer)
-        took = trio.current_time() - began
+        self._ended = trio.current_time()
+        took = self._ended - began
         self._restraint.took(took)
         self._pays(took / len(group))
 
@@ -331,8 +342,12 @@ class Sharing:
         group = self._group()
         self._sharing = len(group) > self._few
         if self._sharing:
+            self._enough_now, self._calm = min(CROWDED, self._enough), 0
             self._carried = group
             return True
+        self._calm += 1
+        if self._calm >= CALM:
+            self._enough_now = self._enough
         self._carried = []
         for one in group:
             one.era = self._era

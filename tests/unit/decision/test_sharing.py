@@ -161,11 +161,11 @@ async def test_one_that_waits_by_itself_goes_by_itself(
 
 
 async def test_few_at_a_time_are_asked_one_by_one(fake: FakeOpa, policy: Policy, autojump_clock: MockClock) -> None:
-    """As the defaults have it: four are with OPA before others wait, and two that wait go one by one."""
+    """As the defaults have it: two are with OPA before others wait, and two that wait go one by one."""
     async with trio.open_nursery() as nursery:
         sharing = Sharing(Opa(TcpNetwork(), fake.path, bundle="sidecar"), nursery, ALL)
         await sharing.warm_up()
-        for count, groups in ((4, []), (6, []), (7, [3]), (30, [16, 10])):
+        for count, groups in ((2, []), (4, []), (5, [3]), (30, [16, 12])):
             policy.forget()
             async with trio.open_nursery() as askers:
                 asked = Asked(sharing, askers)
