@@ -130,7 +130,9 @@ def test_what_an_impure_rule_elsewhere_does_does_not_matter(opa: Path, tmp_path:
 
 def test_an_entrypoint_that_is_not_there_is_not_listed(opa: Path, tmp_path: Path) -> None:
     (tmp_path / "m.rego").write_text("package sidecar.egress\n\ndecision := input.host\n")
-    assert purity.proofs(opa, tmp_path) == {"sidecar/egress/decision": Purity(pure=True, fields=(("host",),), batch=True)}
+    assert purity.proofs(opa, tmp_path) == {
+        "sidecar/egress/decision": Purity(pure=True, fields=(("host",),), batch=True)
+    }
 
 
 def test_a_decision_that_is_put_together_is_not_proven(opa: Path, tmp_path: Path) -> None:
