@@ -16,7 +16,7 @@ export UV_COMPILE_BYTECODE := 1
 LANE   := PYTHONPATH=.:tests $(BIN)/python -m lanes
 
 .PHONY: help setup opa check format lint types floors policies test demo demo-up demo-down bench live-clients imports clean
-.PHONY: h2spec corpus faults bigbody restart fuzz rollout fleet postgres bench-growth bench-peers
+.PHONY: h2spec corpus faults bigbody restart soak idle fuzz rollout fleet postgres bench-growth bench-peers
 
 help: ## say what there is
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -100,6 +100,12 @@ bigbody: setup ## 2 GiB up and down through one sidecar: how much its memory gro
 
 restart: setup ## rolling restarts under load: requests sent, lost and doubled
 	$(LANE).restart
+
+soak: setup ## ten minutes at saturation (SOAK_SECONDS), rotations and reloads among it: does memory grow?
+	$(LANE).soak
+
+idle: setup ## what an idle mTLS connection costs in memory
+	$(LANE).idle
 
 fuzz: setup ## coverage-guided fuzzing of parsers and canonicaliser (FUZZ_SECONDS in all, default 120)
 	$(UV) sync --quiet --frozen --inexact --group fuzz --python $(BIN)/python

@@ -55,7 +55,12 @@ class Document:
     def __init__(self, text: str):
         self.lines: dict[str, int] = {}
         self.problems: list[Problem] = []
-        self.root = Item(node=_compose(text), path="", document=self)
+        self._top = _compose(text)
+
+    @property
+    def root(self) -> Item:
+        """Made anew each time: were it kept, document and items would hold each other until the collector comes, which is seldom."""
+        return Item(node=self._top, path="", document=self)
 
     def note(self, path: str, message: str, *, line: int | None = None) -> None:
         """Add a problem; its line is that of the path, or of the nearest part of it that the file has."""

@@ -40,12 +40,14 @@ Key = tuple[Direction, str | None]
 class Restraint:
     """What is remembered of how sharing went."""
 
-    __slots__ = ("_best", "_kept_out", "_looked_at", "_pause", "_usual", "pauses", "resume_at")
+    __slots__ = ("_best", "_kept_out", "_looked_at", "_pause", "_usual", "any", "pauses", "resume_at")
 
     def __init__(self) -> None:
+        self.any = False
+        """Whether there is anything for `forbids` to say: nearly always there is not."""
+        self.pauses = 0
         self.resume_at = -math.inf
         """Until when nothing is shared."""
-        self.pauses = 0
         self._pause = 0.0
         self._usual = FIRST_GUESS
         self._kept_out: dict[Key, float] = {}
@@ -70,7 +72,7 @@ class Restraint:
     # ── pauses ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def pays(self, seconds: float) -> bool:
-        """Whether sharing is worth it with this policy, of which a decision took so long just now."""
+        """Whether sharing is worth it with this policy, of which each decision in a shared query took so long just now."""
         if seconds < self._best:
             self._best = seconds
         self._looked_at += 1
@@ -86,6 +88,7 @@ class Restraint:
         soon = now < self.resume_at + self._pause
         self._pause = min(2 * self._pause, MAX_PAUSE) if soon else FIRST_PAUSE
         self.resume_at = now + self._pause
+        self.any = True
         self.pauses += 1
         return True
 
@@ -97,9 +100,14 @@ class Restraint:
         if len(self._kept_out) >= MAX_KEPT_OUT:
             del self._kept_out[next(iter(self._kept_out))]
         self._kept_out[key] = now + KEPT_OUT
+        self.any = True
 
-    def keeps_out(self, inquiry: Inquiry, now: float) -> bool:
+    def forbids(self, inquiry: Inquiry, now: float) -> bool:
+        """Whether this question is to be asked alone now."""
+        if now < self.resume_at:
+            return True
         if not self._kept_out:
+            self.any = False
             return False
         key = _key(inquiry)
         until = self._kept_out.get(key)

@@ -178,13 +178,12 @@ class Sharing:
         """Raises as `Opa.decide` does."""
         if inquiry.direction not in self._queues:
             return await self.opa.decide(inquiry, decision_timeout)
-        now = trio.current_time()
-        if now < self._restraint.resume_at or self._restraint.keeps_out(inquiry, now):
+        if self._restraint.any and self._restraint.forbids(inquiry, trio.current_time()):
             return await self.opa.decide(inquiry, decision_timeout)
         if self._sharing or self._alone >= self._enough_now:
-            return await self._decide_later(inquiry, decision_timeout, now)
+            return await self._decide_later(inquiry, decision_timeout)
         self._alone += 1
-        return await self._by_itself(inquiry, decision_timeout, None, now, self._era)
+        return await self._by_itself(inquiry, decision_timeout, None, self._era)
 
     async def aclose(self) -> None:
         """Wait until nobody waits any more, then as `Opa.aclose`. Nothing may be asked any more."""
@@ -202,9 +201,7 @@ class Sharing:
 
     # ── alone ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _by_itself(
-        self, inquiry: Inquiry, timeout: float, body: bytes | None, began: float, era: int
-    ) -> Decision:
+    async def _by_itself(self, inquiry: Inquiry, timeout: float, body: bytes | None, era: int) -> Decision:
         """Ask it, counted in this era, and see to those who wait when it has ended."""
         try:
             return await self.opa.decide(inquiry, timeout, body=body)
@@ -216,9 +213,10 @@ class Sharing:
                 self._slow(inquiry, timeout)
             else:
                 self._alone -= 1
-                self._ended = trio.current_time()
-                if self._pays(self._ended - began) and self._queued and not self._sharing:
-                    self._go_on()
+                if self._queued:
+                    self._ended = trio.current_time()
+                    if not self._sharing:
+                        self._go_on()
 
     async def _sent_away(self, inquiry: Inquiry, timeout: float, body: bytes) -> Decision:
         """Ask one of those for whom sharing has gone wrong, and see whether it is their fault."""
@@ -235,7 +233,8 @@ class Sharing:
 
     # ── together ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _decide_later(self, inquiry: Inquiry, timeout: float, began: float) -> Decision:
+    async def _decide_later(self, inquiry: Inquiry, timeout: float) -> Decision:
+        began = trio.current_time()
         body = self.opa.question(inquiry)
         if len(body) > _MAX_BYTES_SHARED:
             return await self.opa.decide(inquiry, timeout, body=body)
@@ -255,7 +254,7 @@ class Sharing:
                 raise said
             now = trio.current_time()
             if said is _IN_ITS_TURN:
-                return await self._by_itself(inquiry, began + timeout - now, body, now, waiting.era)
+                return await self._by_itself(inquiry, began + timeout - now, body, waiting.era)
             return await self._sent_away(inquiry, began + timeout - now, body)
         finally:
             self._present -= 1
@@ -322,7 +321,8 @@ class Sharing:
         self._ended = trio.current_time()
         took = self._ended - began
         self._restraint.took(took)
-        self._pays(took / len(group))
+        if not self._restraint.pays(took / len(group)):
+            self._stop_for_a_while(self._ended)
 
     def _go_on(self) -> None:
         """A question that was asked by itself has its answer, and others wait."""
@@ -375,13 +375,6 @@ class Sharing:
         return group
 
     # ── what went wrong ───────────────────────────────────────────────────────────────────────────────────────────
-
-    def _pays(self, seconds: float) -> bool:
-        """Whether sharing goes on, after a query that took so long for each of its questions."""
-        pays = self._restraint.pays(seconds)
-        if not pays:
-            self._stop_for_a_while(trio.current_time())
-        return pays
 
     def _stop_for_a_while(self, now: float) -> None:
         if self._restraint.pause(now):

@@ -3,8 +3,7 @@
     PYTHONPATH=.:tests python -m lanes.soak
 
 One real sidecar with real OPA; two processes of clients that ask as fast as they are answered, over mTLS (HTTP/1.1 on kept
-connections, HTTP/2 with several streams, a new connection for each request) and as an agent, through the outbound listener to a
-port where nobody listens. Among the requests are denied ones, ones that policy has not seen before, bodies up and down, and
+connections and on new ones, HTTP/2 on new ones) and as an agent, through the outbound listener to a port where nobody listens. Among the requests are denied ones, ones that policy has not seen before, bodies up and down, and
 clients that leave in the middle. Certificate and key are replaced every 20 s, the configuration is read again every 15 s,
 and metrics are asked for every second, as they would be.
 
@@ -95,7 +94,7 @@ def clients(ports: dict[str, int], directory: Path, number: int, done: Any, endi
     """Ask until told to end; `done` counts answers."""
     chance = [random.Random(f"{number} {at}") for at in range(CLIENTS)]
     context = {alpn: client_context(directory / "caller", (alpn,)) for alpn in ("http/1.1", "h2")}
-    kinds = (_keeper, _keeper, _keeper, _multiplexer, _newcomer, _agent)
+    kinds = (_keeper, _keeper, _keeper, _bulk, _newcomer, _agent)
 
     def run(at: int) -> None:
         while not ending.is_set():
@@ -154,18 +153,14 @@ def _agent(ports: dict[str, int], _context: Any, chance: random.Random, done: An
                 done.value += 1
 
 
-def _multiplexer(ports: dict[str, int], context: Any, chance: random.Random, done: Any, ending: Any) -> None:
-    """Over HTTP/2, on connections that live for some hundred requests."""
+def _bulk(ports: dict[str, int], context: Any, chance: random.Random, done: Any, _ending: Any) -> None:
+    """Over HTTP/2, a connection for each request."""
     with _connected(ports["strict"], context["h2"]) as sock:
-        for _ in range(chance.randrange(1, 300)):
-            if ending.is_set():
-                return
-            bulk = Bulk(sock, lambda _: None, window=1 << 20)
-            path = f"/new/{chance.randrange(1 << 40)}" if chance.random() < 0.5 else "/r"
-            bulk.begin([(":method", "GET"), (":scheme", "https"), (":authority", HOST), (":path", path)], end=True)
-            bulk.finish()
-            done.value += 1
-            return  # a connection each: what carries bulk begins one exchange in its life
+        bulk = Bulk(sock, lambda _: None, window=1 << 20)
+        path = f"/new/{chance.randrange(1 << 40)}" if chance.random() < 0.5 else f"/size/{chance.randrange(1 << 18)}"
+        bulk.begin([(":method", "GET"), (":scheme", "https"), (":authority", HOST), (":path", path)], end=True)
+        bulk.finish()
+        done.value += 1
 
 
 # ── what happens meanwhile ────────────────────────────────────────────────────────────────────────────────────────

@@ -45,7 +45,7 @@ DATA: dict[str, Any] = {
 FILES = {
     "/.manifest", "/.signatures.json", "/data.json",
     *(f"/sidecar/{name}/{name}.rego" for name in (
-        "access", "callers", "egress", "fleet", "inbound", "lint", "match", "outbound", "teams")),
+        "access", "batch", "callers", "egress", "fleet", "inbound", "lint", "match", "outbound", "teams")),
 }  # fmt: skip
 
 

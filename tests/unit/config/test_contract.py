@@ -366,12 +366,24 @@ def test_what_is_kept_of_decisions(written: str, meant: config.DecisionCache | N
         ("cache: {max_bytes: 1024}", "policy.cache.max_bytes", "between 65536"),
         ("cache: {ttl: 5}", "policy.cache.ttl", "is not a known key"),
         ("input: envoy, cache: {}", "policy.cache", "is for input: sidecar"),
+        ("max_together: 0", "policy.max_together", "between 1 and 64"),
+        ("max_together: 65", "policy.max_together", "between 1 and 64"),
+        ("input: envoy, max_together: 16", "policy.max_together", "is for input: sidecar"),
     ],
 )
-def test_mistakes_about_what_is_kept(written: str, path: str, message: str) -> None:
+def test_mistakes_about_what_is_kept_or_shared(written: str, path: str, message: str) -> None:
     found = only(SMALL.replace("k.pub}}}", f"k.pub}}}}, {written}}}"))
     assert found[0] == path
     assert message in found[2]
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"), [("", 16), (", max_together: 1", 1), (", input: envoy, max_together: 1", 1)]
+)
+def test_how_many_questions_share_a_query(written: str, meant: int) -> None:
+    policy = load(SMALL.replace("k.pub}}}", f"k.pub}}}}{written}}}"), {}, BASE).policy
+    assert policy is not None
+    assert policy.max_together == meant
 
 
 SERVED = """

@@ -80,23 +80,23 @@ def test_a_policy_is_slow_if_it_never_is_fast() -> None:
 def test_it_is_not_the_path_by_which_one_is_known(one: dict[str, Any], other: dict[str, Any], together: bool) -> None:
     kept = Restraint()
     kept.keep_out(replace(asking(), **one), 5.0)
-    assert kept.keeps_out(replace(asking(), **other), 6.0) is together
+    assert kept.forbids(replace(asking(), **other), 6.0) is together
 
 
 def test_keeping_out_has_an_end() -> None:
     kept = Restraint()
     kept.keep_out(asking(), 5.0)
-    assert kept.keeps_out(asking(), 5.0 + restraint.KEPT_OUT - 0.1)
-    assert not kept.keeps_out(asking(), 5.0 + restraint.KEPT_OUT)
-    assert not kept.keeps_out(asking(), 5.0)
+    assert kept.forbids(asking(), 5.0 + restraint.KEPT_OUT - 0.1)
+    assert not kept.forbids(asking(), 5.0 + restraint.KEPT_OUT)
+    assert not kept.forbids(asking(), 5.0)
     kept.keep_out(asking(), 5.0)
     kept.keep_out(asking(), 50.0)
-    assert kept.keeps_out(asking(), 50.0 + restraint.KEPT_OUT - 0.1)
+    assert kept.forbids(asking(), 50.0 + restraint.KEPT_OUT - 0.1)
 
 
 def test_only_so_many_are_remembered_and_the_oldest_is_forgotten() -> None:
     kept = Restraint()
     for number in range(restraint.MAX_KEPT_OUT + 10):
         kept.keep_out(asking(caller=str(number)), 0.0)
-    assert [kept.keeps_out(asking(caller=str(number)), 1.0) for number in (0, 9, 10)] == [False, False, True]
+    assert [kept.forbids(asking(caller=str(number)), 1.0) for number in (0, 9, 10)] == [False, False, True]
     assert len(kept._kept_out) == restraint.MAX_KEPT_OUT

@@ -161,11 +161,14 @@ async def test_one_that_waits_by_itself_goes_by_itself(
 
 
 async def test_few_at_a_time_are_asked_one_by_one(fake: FakeOpa, policy: Policy, autojump_clock: MockClock) -> None:
-    """As the defaults have it: two are with OPA before others wait, and two that wait go one by one."""
+    """As the defaults have it: four are with OPA before others wait, and two that wait go one by one. Where it is crowded
+    two are enough, until it has been calm for a while.
+    """
     async with trio.open_nursery() as nursery:
         sharing = Sharing(Opa(TcpNetwork(), fake.path, bundle="sidecar"), nursery, ALL)
         await sharing.warm_up()
-        for count, groups in ((2, []), (4, []), (5, [3]), (30, [16, 12])):
+        calm: list[tuple[int, list[int]]] = [(3, [])] * 16
+        for count, groups in [(4, []), (6, []), (7, [3]), (30, [16, 12]), (5, [3]), *calm, (6, []), (7, [3])]:
             policy.forget()
             async with trio.open_nursery() as askers:
                 asked = Asked(sharing, askers)
@@ -449,12 +452,14 @@ async def test_a_policy_that_is_slow_throughout_is_not_shared(
     sharing: Sharing, policy: Policy, autojump_clock: MockClock
 ) -> None:
     policy.takes = 0.02
-    for _ in range(32):
-        await sharing.decide(asking("/a"), 1.0)
-    async with trio.open_nursery() as nursery:
-        await Asked(sharing, nursery)("/a", "/b", "/c")
-    assert policy.groups == []
-    assert sharing.pauses == 1
+    for turn in range(33):
+        policy.forget()
+        async with trio.open_nursery() as nursery:
+            asked = Asked(sharing, nursery)
+            await asked("/a", "/b", "/c")
+        assert policy.groups == ([["/b", "/c"]] if turn < 32 else [])
+        assert asked.own("/a", "/b", "/c")
+    assert (sharing.pauses, sharing.spoilt) == (1, 0)
 
 
 # ── cancellation ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -590,6 +595,27 @@ async def test_a_carrier_that_has_served_ends_with_it(fake: FakeOpa, policy: Pol
         await trio.sleep(1)
         assert len(nursery.child_tasks) == 1
         await sharing.aclose()
+
+
+async def test_closed_in_the_middle_it_leaves_no_task_behind(
+    fake: FakeOpa, policy: Policy, autojump_clock: MockClock
+) -> None:
+    async with trio.open_nursery() as nursery:
+        sharing = Sharing(Opa(TcpNetwork(), fake.path, bundle="sidecar"), nursery, ALL, enough=1, few=1)
+        await sharing.warm_up()
+        policy.takes = 0.05
+        async with trio.open_nursery() as askers:
+            asked = Asked(sharing, askers)
+            await asked("/a", "/b", "/c", "/d")
+            await trio.sleep(0.06)
+            sharing.close()
+        assert asked.own("/a", "/b", "/c", "/d")
+        with trio.move_on_after(10) as scope:
+            while nursery.child_tasks:
+                await trio.sleep(0.1)
+        assert not scope.cancelled_caught
+        nursery.cancel_scope.cancel()
+    sharing.close()
 
 
 async def test_if_its_nursery_is_cancelled_who_waits_is_asked_alone(
