@@ -96,13 +96,12 @@ async def test_whoever_comes_alone_does_not_wait() -> None:
 async def test_a_step_that_takes_long_is_still_followed_by_a_pass() -> None:
     clock = Clock()
     async with running(clock) as (turns, loop, _):
-        turn = turns.of("a")
-        await turn.wait()
-        clock.now += 100 * ALONE
-        turn.over()
-        before = loop.passes
-        await turn.wait()
-        assert loop.passes > before
+        turn, before = turns.of("a"), loop.passes
+        for _ in range(11):
+            await turn.wait()
+            clock.now += 100 * ALONE
+            turn.over()
+        assert loop.passes >= before + 9  # who else is ready may come before or after us in a pass
 
 
 async def test_hosts_take_turns_however_many_one_of_them_opens() -> None:
