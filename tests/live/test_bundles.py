@@ -415,7 +415,9 @@ async def test_no_question_is_lost_while_policy_and_keys_change(house: House) ->
             house.put(1, key=following)  # the same, signed anew
             await house.until(
                 lambda: (
-                    signature.verify(archive.read(house.relay._good.archive), {"release-2": following.verifying}, "sidecar")
+                    signature.verify(
+                        archive.read(house.relay._good.archive), {"release-2": following.verifying}, "sidecar"
+                    )
                     if _by(house, "release-2")
                     else None
                 )

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sidecar.bundles import archive, relay, signature, terms, verified
-from sidecar.bundles.archive import Bounds, Bundle
+from sidecar.bundles.archive import Bounds
 from sidecar.bundles.freshness import FreshOnly
 from sidecar.bundles.memory import Memory
 from sidecar.bundles.relay import Relay
@@ -354,6 +354,7 @@ STEPS = st.lists(
 )  # fmt: skip
 
 
+@settings(deadline=None)
 @given(STEPS)
 def test_no_sequence_of_offers_restarts_and_processes_goes_below_what_was_allowed(steps: list[Any]) -> None:
     """Two sidecars over one real memory, each restarted at will, under a clock that jumps."""
