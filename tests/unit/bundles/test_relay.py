@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sidecar.bundles import archive, relay, signature, terms, verified
@@ -434,6 +434,7 @@ STEPS = st.lists(
 )  # fmt: skip
 
 
+@settings(deadline=None)
 @given(STEPS)
 def test_no_sequence_of_offers_restarts_and_processes_goes_below_what_was_allowed(steps: list[Any]) -> None:
     """Two sidecars over one real memory, each restarted at will, under a clock that jumps."""
