@@ -37,7 +37,7 @@ MIB = 1024 * 1024
 SECONDS = float(os.environ.get("SOAK_SECONDS", "600"))
 WARM_UP = min(120.0, SECONDS / 3)
 """Until memories that are bounded have filled, and the heap has found its shape."""
-LIMIT = 3.0
+LIMIT = 2.0
 """MiB between the quarters."""
 CLIENTS = 6
 """Threads in each process of clients."""
