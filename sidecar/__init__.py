@@ -1,1 +1,3 @@
 """The policy sidecar."""
+
+__version__ = "0.1.0"

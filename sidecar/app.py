@@ -15,44 +15,105 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
-from typing import Literal
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from typing import Literal, Protocol
 
 import trio
 
+from sidecar import apart, parts
 from sidecar import config as configuration
-from sidecar import parts
-from sidecar.config import Config, FilesIdentity, InboundListener, OpaExternal
-from sidecar.decision import install, private
-from sidecar.decision.engine import Engine
+from sidecar.apart import Apart
+from sidecar.config import Config, FilesIdentity, OpaExternal
 from sidecar.decision.external import External
 from sidecar.errors import OperatorFault
-from sidecar.exchange import Pipeline, Program
 from sidecar.identity import pem_files, presented
 from sidecar.identity.current import Current
 from sidecar.identity.presented import Presented
-from sidecar.identity.proven import Proven
-from sidecar.inbound import Inbound
+from sidecar.keeping import Keeping
 from sidecar.listeners import Listeners
 from sidecar.log import Level, LineSink, Log
 from sidecar.management.health import Health
-from sidecar.model import Address, Anonymous, LocalProcess, Peer, Status
-from sidecar.outbound import Outbound, Routes
+from sidecar.model import Address, Anonymous, CacheUse, Status
 from sidecar.records import Records
+from sidecar.records.exposition import Family
 from sidecar.records.live_table import LiveTable
 from sidecar.records.metrics import Metrics
 from sidecar.serving import Serving
+from sidecar.supply import Supply
 from sidecar.wire.client import Client
 from sidecar.wire.handover import Alone, Succession
 from sidecar.wire.handover import Log as Tell
 from sidecar.wire.listening import Listener
 from sidecar.wire.network import Network
-from sidecar.wire.server import Server, Settings
+from sidecar.wire.server import Server
 
 _FLUSH_INTERVAL = 0.2
 
 Load = Callable[[], Config]
 _Told = Literal["reload", "stop", "succeeded"]
+
+
+class Hands(Protocol):
+    """Who carries requests: this process (`traffic`), or workers (`supervisor`)."""
+
+    @property
+    def accepts(self) -> bool:
+        """Whether whoever comes is served."""
+        ...
+
+    @property
+    def open_connections(self) -> int: ...
+
+    async def open(self, nursery: trio.Nursery, found: Mapping[str, Listener], /) -> None:
+        """Be there, and accept nobody yet; `found`: a listener for each key of the configuration. Raises `OperatorFault`."""
+        ...
+
+    async def accept(self, nursery: trio.Nursery, /) -> None:
+        """Return when every listener accepts. Raises `OperatorFault`."""
+        ...
+
+    async def prepare(self, new: Config, /) -> None:
+        """Make all that a changed configuration needs and that can fail. Raises `OperatorFault`, and nothing has changed."""
+        ...
+
+    async def apply(self) -> None:
+        """Put in force what was prepared. Nothing in it can fail."""
+        ...
+
+    async def abandon(self) -> None:
+        """Forget what was prepared."""
+        ...
+
+    async def finish(self, side: Literal["inbound", "outbound", "both"], /) -> None:
+        """Accept nobody new there; return when the last connection has ended."""
+        ...
+
+    async def stop(self) -> None:
+        """End what would outlive our nursery."""
+        ...
+
+    async def refresh(self) -> None:
+        """Have `measured` and `cache_use` be of now. Bounded."""
+        ...
+
+    @property
+    def measured(self) -> Iterable[Iterable[Family]]:
+        """What was measured in other processes than this one."""
+        ...
+
+    @property
+    def cache_use(self) -> CacheUse | None:
+        """Of other processes; None where there are none, or none is used."""
+        ...
+
+
+class MakeCrew(Protocol):
+    """`supervisor.Crew`."""
+
+    def __call__(
+        self, config: Config, /, *, current: Current, decisions: Supply | External, keeping: Keeping | None,
+        access: LineSink | None, event: Callable[..., None], pseudonym: str,
+    ) -> Hands: ...  # fmt: skip
 
 
 class App:
@@ -70,9 +131,12 @@ class App:
         activated: Mapping[Address, Listener] | None = None,
         max_descriptor: int | None = None,
         succession: Callable[[Tell], Succession] = lambda _tell: Alone(),
+        crew: MakeCrew | None = None,
+        do: Apart = apart.here,
     ) -> None:
         """`lost` tells how many lines of both logs were lost, `activated` are sockets that somebody holds for us; for
-        `max_descriptor` see `wire.listening`.
+        `max_descriptor` see `wire.listening`. `crew` None: requests are carried in this process.
+        `do` is where certificates and bundles are checked.
         """
         self.config = config
         self._load = load
@@ -84,23 +148,45 @@ class App:
         self._starting = trio.CancelScope()
         self._draining = False
         self._listening = False
+        self._do = do
+        self._check = pem_files.checking(do)
         self._current = Current()
         self._presented = Presented(self._current, log=self._event)
-        self._proven = Proven(config.state_dir / "proven.json")
         self._live = LiveTable()
         serving = self._serving = Serving(log=self._event, counted=self._happened)
         self._metrics = Metrics(
-            live=self._live, directions=("inbound", "outbound"), connections=serving.open_connections, dropped=lost
-        )
+            live=self._live, directions=("inbound", "outbound"), connections=serving.open_connections, dropped=lost,
+            kept=lambda: self._decision_log.account() if self._decision_log is not None else None,
+        )  # fmt: skip
         self._records = Records(self._metrics, access.write if access is not None else None)
         self._client = Client(network, self._presented.in_use, parts.client_settings(config), log=self._event)
         self._decisions = self._decision_point(config)
-        self._seen = parts.seen(config)
-        self._bounds = parts.bounds(config)
-        self._routes = Routes(config.outbound.routes, config.outbound.mtls_mode) if config.outbound else None
+        if isinstance(self._decisions, Supply):
+            self._records.tell(self._decisions.decided)
+        self._decision_log = (
+            Keeping(config, client=self._client, log=self._event) if config.decision_log is not None else None
+        )
+        if self._decision_log is not None:
+            self._records.tell(self._decision_log.decided)
         self._watching = trio.CancelScope()
         self._pseudonym = f"sidecar-{os.urandom(4).hex()}"
         self._inbound, self._outbound, self._health = serving.inbound, serving.outbound, serving.health
+        self._hands = self._own_hands() if crew is None else self._crew(crew)
+
+    def _own_hands(self) -> Hands:
+        from sidecar.traffic import Traffic  # noqa: PLC0415  a supervisor has no use for it in memory
+
+        return Traffic(
+            self.config, client=self._client, decisions=self._decisions, presented=self._presented,
+            records=self._records, live=self._live, serving=self._serving, event=self._event,
+            pseudonym=self._pseudonym, max_descriptor=self._max_descriptor,
+        )  # fmt: skip
+
+    def _crew(self, make: MakeCrew) -> Hands:
+        return make(
+            self.config, current=self._current, decisions=self._decisions, keeping=self._decision_log,
+            access=self._access, event=self._event, pseudonym=self._pseudonym,
+        )  # fmt: skip
 
     # ── life ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -127,6 +213,9 @@ class App:
                 refused = fault
             finally:
                 self._listeners.close()
+                await self._hands.stop()
+                if self._decision_log is not None:
+                    await self._decision_log.finish()
                 nursery.cancel_scope.cancel()
         await self._decisions.stop()
         if refused is not None:
@@ -159,21 +248,23 @@ class App:
             state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
             raise OperatorFault(f"state_dir: {state_dir}: {error.strerror}", code="state_dir_unusable") from error
-        self._load_proofs()
         if self.config.identity is not None:
-            self._presented.publish(pem_files.read(self.config.identity, time.time()).identity)
-            nursery.start_soon(self._watch, self.config.identity)
+            known = await pem_files.known(self.config.identity, self._check, time.time())
+            self._presented.publish(known.reading.identity)
+            nursery.start_soon(self._watch, self.config.identity, known)
             nursery.start_soon(self._presented.follow)
-        await self._listen()
+        await self._listen(nursery)
         nursery.start_soon(self._flush_forever)
         await nursery.start(self._client.run)
+        if self._decision_log is not None:
+            nursery.start_soon(self._decision_log.run)
         if not self._listeners.succeeds:
             self._serving.accept(nursery, self._health)
         try:
             await nursery.start(self._decisions.run)
         except OperatorFault as fault:
             raise parts.about_policy(fault, self.config) from fault
-        self._serving.accept(nursery, self._inbound + self._outbound)
+        await self._hands.accept(nursery)
         if self._listeners.succeeds:
             self._serving.accept(nursery, self._health)
         self._listening = True
@@ -187,13 +278,14 @@ class App:
         )
         with trio.move_on_after(self.config.timeouts.drain) as patience:
             if succeeded:
-                await self._serving.finish(self._inbound + self._outbound + self._health)
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._hands.finish, "both")
+                    nursery.start_soon(self._serving.finish, self._health)
             else:
-                await self._serving.finish(self._inbound)
-                await self._serving.finish(self._outbound)
-        left = sum(server.open_connections for server, _ in self._inbound + self._outbound)
+                await self._hands.finish("inbound")
+                await self._hands.finish("outbound")
         if patience.cancelled_caught:
-            self._event("sidecar.drain_timed_out", "warning", connections=left)
+            self._event("sidecar.drain_timed_out", "warning", connections=self._hands.open_connections)
 
     async def _flush_forever(self) -> None:
         while self._access is not None:
@@ -202,74 +294,41 @@ class App:
 
     # ── listeners ─────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _listen(self) -> None:
-        """Open every address, so that one that is taken is found before anything runs, and make a server for each."""
+    async def _listen(self, nursery: trio.Nursery) -> None:
+        """Open every address, so that one that is taken is found before anything runs."""
         config = self.config
         addresses = {f"inbound[{number}].listen": one.listen for number, one in enumerate(config.inbound)}
         if config.outbound is not None:
             addresses["outbound.listen"] = config.outbound.listen
+        number = dict.fromkeys(addresses, config.workers)
         if config.health is not None:
             addresses["health.listen"] = config.health.listen
-        found = await self._listeners.open(addresses)
-        for number, one in enumerate(config.inbound):
-            program = Inbound(
-                mode=one.mtls_mode, agent=one.upstream, xfcc=one.xfcc, seen=lambda: self._seen,
-                pseudonym=f"{self._pseudonym}-in".encode(), timeout=one.timeout, retries=one.retries, rate=one.rate,
-            )  # fmt: skip
-            server = self._server(program, Anonymous(reason="plaintext"), self._settings(config, one))
-            self._inbound.append((server, found[f"inbound[{number}].listen"]))
-        if config.outbound is not None and self._routes is not None:
-            outbound = Outbound(
-                mode=config.outbound.mtls_mode, routes=self._routes_in_force, own_id=self._presented.own_id,
-                seen=lambda: self._seen, proven=self._proven, remember_failed=self._remember_failed,
-                pseudonym=f"{self._pseudonym}-out".encode(),
-            )  # fmt: skip
-            server = self._server(outbound, LocalProcess(), self._settings(config, self._routes))
-            self._outbound.append((server, found["outbound.listen"]))
+        found = await self._listeners.open(addresses, number)
+        await self._hands.open(nursery, found)
         if config.health is not None:
-            health = Health(status=self.status, metrics=lambda: self._metrics.exposition(self.status()))
+            health = Health(
+                status=self.status, refresh=self._hands.refresh,
+                metrics=lambda: self._metrics.exposition(self.status(), self._hands.measured),
+            )  # fmt: skip
             server = Server(
                 direction="health", plaintext_peer=Anonymous(reason="plaintext"), handle=health.handle,
                 settings=parts.HEALTH, ended=lambda _record: None, credentials=lambda: None,
             )  # fmt: skip
             self._health.append((server, found["health.listen"]))
 
-    def _server(self, program: Program, plaintext_peer: Peer, settings: Settings) -> Server:
-        pipeline = Pipeline(
-            program=program, decisions=self._decisions, client=self._client, recorder=self._records,
-            live=self._live, bounds=lambda: self._bounds,
-        )  # fmt: skip
-        return Server(
-            direction=program.direction, plaintext_peer=plaintext_peer, handle=pipeline.handle, settings=settings,
-            ended=self._records.connection, credentials=self._presented.in_use,
-        )  # fmt: skip
-
-    def _settings(self, config: Config, of: InboundListener | Routes) -> Settings:
-        return parts.server_settings(
-            config, mode=of.mtls_mode if isinstance(of, InboundListener) else None,
-            allow_encoded_slash=of.allow_encoded_slash, max_descriptor=self._max_descriptor,
-        )  # fmt: skip
-
-    async def _watch(self, files: FilesIdentity) -> None:
+    async def _watch(self, files: FilesIdentity, known: pem_files.Known) -> None:
         with trio.CancelScope() as self._watching:
-            await pem_files.watch(self._current, files, log=self._event)
+            await pem_files.watch(self._current, files, log=self._event, check=self._check, known=known)
 
     # ── policy ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _decision_point(self, config: Config) -> Engine | External:
+    def _decision_point(self, config: Config) -> Supply | External:
         if isinstance(config.opa, OpaExternal):
             return External(
                 config.opa.socket, self._network, peer_uid=config.opa.peer_uid, log=self._event,
                 decision_timeout=config.timeouts.decision,
             )  # fmt: skip
-        binary = install.find()
-        if binary is None:
-            raise OperatorFault("opa: OPA is not installed; run `sidecar opa install`", code="opa_missing")
-        return Engine(
-            parts.policy(config), self._network, binary=binary, log=self._event,
-            runtime_dir=private.place(config.state_dir, os.environ.get("XDG_RUNTIME_DIR")),
-            decision_timeout=config.timeouts.decision,
-        )  # fmt: skip
+        return Supply(config, network=self._network, client=self._client, log=self._event, do=self._do)
 
     # ── reload ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -280,63 +339,42 @@ class App:
             changed = configuration.changes(self.config, new)
             if changed.refused:
                 raise OperatorFault(f"needs a restart: {', '.join(changed.refused)}", code="reload_needs_restart")
-            reading = pem_files.read(new.identity, time.time()) if new.identity is not None else None
-            if reading is not None:
-                presented.check(reading.identity)
-            routes = Routes(new.outbound.routes, new.outbound.mtls_mode, self._routes) if new.outbound else None
-            if isinstance(self._decisions, Engine):
-                await self._reload_policy(self._decisions, new)
+            known = await pem_files.known(new.identity, self._check, time.time()) if new.identity is not None else None
+            if known is not None:
+                presented.check(known.reading.identity)
+            await self._hands.prepare(new)
             if self._access is not None:
                 self._access.reopen()
+            if isinstance(self._decisions, Supply):
+                # The last that can fail, since it is in force when it returns.
+                await self._reload_policy(self._decisions, new)
         except OperatorFault as fault:  # a `ConfigError` tells all its problems at once
+            await self._hands.abandon()
             self._event("config.reload_refused", "error", code=fault.code, detail=str(fault))
             return
-        self._apply(new, routes, reading, nursery)
+        await self._apply(new, known, nursery)
         self._event("config.reloaded", changed=list(changed.live))
 
-    async def _reload_policy(self, engine: Engine, new: Config) -> None:
-        policy = parts.policy(new)
+    async def _reload_policy(self, supply: Supply, new: Config) -> None:
         try:
-            await engine.reload(policy)
+            await supply.reload(new)
         except OperatorFault as fault:
             raise parts.about_policy(fault, new) from fault
 
-    def _apply(
-        self, new: Config, routes: Routes | None, reading: pem_files.Reading | None, nursery: trio.Nursery
-    ) -> None:
+    async def _apply(self, new: Config, known: pem_files.Known | None, nursery: trio.Nursery) -> None:
         """Nothing in here can fail."""
         old, self.config = self.config, new
         self._log.level = new.log.level
-        self._seen = parts.seen(new)
-        self._bounds = parts.bounds(new)
-        self._routes = routes
         self._client.settings = parts.client_settings(new)
         self._decisions.decision_timeout = new.timeouts.decision
-        for number, (server, _) in enumerate(self._inbound):
-            server.settings = self._settings(new, new.inbound[number])
-        if routes is not None:
-            for server, _ in self._outbound:
-                server.settings = self._settings(new, routes)
-        if reading is not None:
+        if known is not None:
             self._presented.publish(
-                reading.identity
+                known.reading.identity
             )  # what is reported as taken up is in force, and not with the watcher's next look
-        if new.identity is not None and new.identity != old.identity:
+        await self._hands.apply()
+        if new.identity is not None and known is not None and new.identity != old.identity:
             self._watching.cancel()
-            nursery.start_soon(self._watch, new.identity)
-
-    def _load_proofs(self) -> None:
-        try:
-            self._proven.load()
-        except OperatorFault as fault:
-            self._event("proofs.unreadable", "error", code=fault.code, detail=str(fault))
-
-    def _remember_failed(self, target: str, error: OSError) -> None:
-        self._event("proofs.not_kept", "error", target=target, detail=str(error))
-
-    def _routes_in_force(self) -> Routes:
-        assert self._routes is not None  # noqa: S101  (a listener without routes is never made)
-        return self._routes
+            nursery.start_soon(self._watch, new.identity, known)
 
     def _event(self, name: str, level: Level = "info", /, **fields: object) -> None:
         """Tell, and count, something that happened to us."""
@@ -359,13 +397,14 @@ class App:
             identity_not_after=identity.not_after if identity is not None else None,
             identity_generation=self._current.generation,
             identity_error=self._current.error,
-            bundle="ok" if self.config.policy is None or self._decisions.bundle_revision is not None else "missing",
+            bundle=self._decisions.bundle_state,
             bundle_revision=self._decisions.bundle_revision,
             bundle_error=self._decisions.bundle_error,
             opa=self._decisions.state,
             opa_restarts=self._decisions.restarts,
-            listeners=self._listening,
+            listeners=self._listening and self._hands.accepts,
             draining=self._draining,
+            cache=self._hands.cache_use or self._decisions.cache_use,
         )
 
 

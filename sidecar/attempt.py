@@ -1,4 +1,5 @@
 """One way to send a request, planned before anybody is asked: where to, with which head and fields, and the question.
+Or who answers it here, where nothing is sent on.
 
 What the programs plan alike stands here too. No I/O.
 """
@@ -11,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from sidecar.config import Rate
 from sidecar.errors import ClientFault, PlaintextOnly, RateLimited
-from sidecar.model import Fields, Inquiry, RequestHead, Workload
+from sidecar.model import Connection, Fields, Inquiry, Permit, RequestHead, Response, Workload
 from sidecar.wire import headers
 from sidecar.wire.target import query_pairs
 from sidecar.wire.upstream import Upstream
@@ -40,6 +41,19 @@ class Attempt:
     """What a token is taken from before anybody is asked."""
     upstream_decides: bool = False
     """Whether the upstream is a sidecar, whose `X-Decision-Id` tells of a decision. From others it is a claim, and removed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnAnswer:
+    """A request that is answered here, and the question about it."""
+
+    head: RequestHead
+    inquiry: Inquiry
+    answer: Callable[[Permit], Awaitable[Response]]
+    """Asked for it once that is permitted. Raises `SidecarError`, or `Aborted` where the body of the request broke off."""
+    timeout: float | None = None
+    bucket: Bucket | None = None
+    upstream: None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +120,15 @@ def not_connect(head: RequestHead) -> None:
     """Raise `ClientFault` for CONNECT: it has no target that could be sent on, and no tunnel waits behind it."""
     if head.method == "CONNECT":
         raise ClientFault(code="connect_unsupported", public="CONNECT is not available here", status=501)
+
+
+def not_elsewhere(connection: Connection, head: RequestHead) -> None:
+    """Raise `ClientFault` (421) where the client asked for another host when it connected (SNI) than it does now."""
+    if connection.server_name is not None and head.host != connection.server_name:
+        raise ClientFault(
+            f"{head.host} was asked of {connection.server_name}",
+            code="authority_mismatch", public="this connection was made for another host", status=421,
+        )  # fmt: skip
 
 
 _NOT_TUNNELLED = ("http", "tls", "h2")

@@ -1,11 +1,13 @@
 """One request, start to end. READ THIS FIRST.
 
     plan → inquire → decide → permit → forward → respond → record
+                                     └ answer ┘
 
 `Pipeline.handle` is called by the wire with each parsed request and the way back. The program whose pipeline it is (inbound,
 outbound) has planned what would be sent, to whom, and what is asked about it (`Attempt`); this file asks, and only here does
 an allowing decision become a `Permit`, without which nothing is forwarded. What was decided on is what is sent: the attempt that
 was asked about is the one that is forwarded (`forward`), and another transport or target is another attempt and another question.
+A program that serves by itself plans an answer of its own (`answer`): it too is given nothing but a permit.
 
 What is too much is refused before anybody is asked: more exchanges at once than the sidecar may have (503), more requests than a
 route's bucket has tokens for (429). A route may bound the whole of an exchange (504); without that it lasts as long as
@@ -24,15 +26,17 @@ import math
 import os
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from time import perf_counter
 from typing import Protocol
 
 import trio
 
-from sidecar.attempt import Attempt, Ids
+from sidecar.answer import Answer
+from sidecar.attempt import Attempt, Ids, OwnAnswer
 from sidecar.errors import ClientFault, NoDecision, Overloaded, PlaintextOnly, SidecarError, UpstreamFault
 from sidecar.forward import Forward, Notes
 from sidecar.model import (
@@ -44,7 +48,6 @@ from sidecar.model import (
     Deny,
     Direction,
     Exchange,
-    Fields,
     LocalProcess,
     Mode,
     Permit,
@@ -53,14 +56,18 @@ from sidecar.model import (
     RequestHead,
     Response,
     Workload,
+    maker,
 )
 from sidecar.wire import answers, headers
 from sidecar.wire.client import Client
 from sidecar.wire.passing import cut
 
+_decided, _exchange = maker(Decided), maker(Exchange)
+_ids = maker(Ids)
+
 
 class Program(Protocol):
-    """What inbound and outbound differ in."""
+    """What inbound, outbound and whatever answers by itself differ in."""
 
     @property
     def direction(self) -> Direction: ...
@@ -73,8 +80,8 @@ class Program(Protocol):
         """Our entry in `Via`: protocol version and pseudonym."""
         ...
 
-    def attempt(self, connection: Connection, request: Request, ids: Ids) -> Attempt:
-        """Return what would be sent and asked. Raises `ClientFault`."""
+    def attempt(self, connection: Connection, request: Request, ids: Ids) -> Attempt | OwnAnswer:
+        """Return what would be sent or answered, and asked. Raises `ClientFault`."""
         ...
 
 
@@ -126,15 +133,16 @@ class Pipeline:
         self._bounds = bounds
         self._stopwatch = stopwatch
         """Seconds of what is written down. Deadlines are on trio's clock, which costs ten times as much to read."""
-        self._by_peer: dict[object, int] = {}
+        self._by_peer: dict[tuple[str, ...], int] = {}
         """Open exchanges of each caller that has any."""
         prefix = os.urandom(4).hex()
-        self._ids = (f"{prefix}-{number}" for number in count(1))
+        self._exchange_ids = (f"{prefix}-{number}" for number in count(1))
+        self._entropy = _random(24)
 
     async def handle(self, connection: Connection, request: Request, reply: Reply) -> None:
         """Carry one request from its head to its record. Nothing but cancellation comes out of it."""
         started_at, started = time.time(), self._stopwatch()
-        ids = _ids(next(self._ids), request.head.fields)
+        ids = self._ids(request)
         notes = Notes()
         self._live.enter(ids.exchange, self.program.direction)
         try:
@@ -155,11 +163,10 @@ class Pipeline:
         self, connection: Connection, request: Request, reply: Reply, ids: Ids, notes: Notes
     ) -> SidecarError | None:
         """Serve, and return what went wrong that the client may be told, as long as it has been told nothing."""
+        share = None
         try:
-            if isinstance(connection.peer, LocalProcess):
-                await self._serve(connection, request, reply, ids, notes)
-            else:
-                await self._serve_peer(connection, request, reply, ids, notes)
+            share = self._taken_share(connection)
+            await self._serve(connection, request, reply, ids, notes)
         except SidecarError as fault:
             notes.ended("error", fault)
             return fault
@@ -170,23 +177,33 @@ class Pipeline:
             defect = SidecarError(_where(error))
             notes.ended("error", defect)
             return defect
+        finally:
+            if share is not None:
+                self._give_back(share)
         return None
 
-    async def _serve_peer(self, connection: Connection, request: Request, reply: Reply, ids: Ids, notes: Notes) -> None:
-        """Serve within the caller's own share: what one of them holds, and does not read, must not be what others wait for."""
+    def _taken_share(self, connection: Connection) -> tuple[str, ...] | None:
+        """Take one of the caller's own share: what one of them holds, and does not read, must not be what others wait for.
+
+        Returns whose it is, for `_give_back`; None for the agent, who has no share. Raises `Overloaded`.
+        """
         peer = connection.peer
-        who = peer.id if isinstance(peer, Workload) else connection.remote.host
+        if isinstance(peer, LocalProcess):
+            return None
+        # Of texts, since a tuple of them is hashed and compared without a call.
+        who = (peer.id.trust_domain, peer.id.path) if isinstance(peer, Workload) else (connection.remote.host,)
         held = self._by_peer.get(who, 0)
         if held >= self._bounds().max_exchanges_per_peer:
-            raise Overloaded(f"{held} by {who}", code="peer_exchanges_exceeded", public="too many requests at once")
+            name = peer.id if isinstance(peer, Workload) else connection.remote.host
+            raise Overloaded(f"{held} by {name}", code="peer_exchanges_exceeded", public="too many requests at once")
         self._by_peer[who] = held + 1
-        try:
-            await self._serve(connection, request, reply, ids, notes)
-        finally:
-            if (left := self._by_peer[who] - 1) > 0:
-                self._by_peer[who] = left
-            else:
-                del self._by_peer[who]
+        return who
+
+    def _give_back(self, who: tuple[str, ...]) -> None:
+        if (left := self._by_peer[who] - 1) > 0:
+            self._by_peer[who] = left
+        else:
+            del self._by_peer[who]
 
     async def _serve(self, connection: Connection, request: Request, reply: Reply, ids: Ids, notes: Notes) -> None:
         bounds = self._bounds()
@@ -206,24 +223,34 @@ class Pipeline:
                     scope.deadline = min(scope.deadline, trio.current_time() + _unread(bounds))
                     await self._answer(_denied(decision, request.head, ids), reply, ids, notes)
                     return
-                forward = Forward(
-                    permit=_permit(request, decision, connection, scope), attempt=attempt, reply=reply, notes=notes,
-                    via=self.program.via, scope=scope, began=now, idle_timeout=bounds.idle_timeout, end=end,
-                    body_timeout=bounds.body_timeout, stopwatch=self._stopwatch,
-                )  # fmt: skip
-                try:
-                    await forward.run(self._client)
-                except PlaintextOnly as fault:
-                    if attempt.step_down is None:
-                        raise
-                    attempt, now = attempt.step_down(fault), trio.current_time()
-                    continue
+                if isinstance(attempt, OwnAnswer):
+                    given = Answer(
+                        request, reply, moved=partial(_postpone, scope, bounds.idle_timeout, end),
+                        body_timeout=bounds.body_timeout,
+                    )  # fmt: skip
+                    permit = _permit(given.request, decision, connection, scope)
+                    response = await given.run(permit, attempt.answer)
+                    notes.status = response.head.status
+                    await reply.send(response)
+                else:
+                    forward = Forward(
+                        permit=_permit(request, decision, connection, scope), attempt=attempt, reply=reply, notes=notes,
+                        via=self.program.via, scope=scope, began=now, idle_timeout=bounds.idle_timeout, end=end,
+                        body_timeout=bounds.body_timeout, stopwatch=self._stopwatch,
+                    )  # fmt: skip
+                    try:
+                        await forward.run(self._client)
+                    except PlaintextOnly as fault:
+                        if attempt.step_down is None:
+                            raise
+                        attempt, now = attempt.step_down(fault), trio.current_time()
+                        continue
                 notes.ended("allowed")
             if scope.cancelled_caught:
                 raise _late(reply, overdue=trio.current_time() >= end)
             return
 
-    async def _decide(self, attempt: Attempt, ids: Ids, notes: Notes) -> Allow | Deny:
+    async def _decide(self, attempt: Attempt | OwnAnswer, ids: Ids, notes: Notes) -> Allow | Deny:
         began = self._stopwatch()
         decision: Allow | Deny | None = None
         code: str | None = "cancelled"
@@ -238,7 +265,7 @@ class Pipeline:
             notes.decision = decision
             notes.decision_seconds += seconds
             self._recorder.decided(
-                Decided(
+                _decided(
                     at=time.time(),
                     exchange_id=ids.exchange,
                     inquiry=attempt.inquiry,
@@ -248,6 +275,18 @@ class Pipeline:
                 )
             )
         return decision
+
+    def _ids(self, request: Request) -> Ids:
+        """The ids of an exchange: those that its head brings, where they will do."""
+        exchange, kept = next(self._exchange_ids), request.kept
+        given: tuple[str | None, tuple[str, str] | None] | None = kept.get("ids") if kept is not None else None
+        if given is None:
+            given = headers.request_id(request.head.fields), headers.traceparent(request.head.fields)
+            if kept is not None:
+                kept["ids"] = given
+        request_id, parent = given
+        trace, traceparent = parent or headers.made_traceparent(next(self._entropy))
+        return _ids(exchange=exchange, request=request_id or exchange, trace=trace, traceparent=traceparent)
 
     async def _answer(self, response: Response, reply: Reply, ids: Ids, notes: Notes) -> None:
         """Give an answer of ours. It takes no place among the exchanges: who was refused and does not read would keep out others."""
@@ -280,6 +319,11 @@ def _permit(request: Request, allow: Allow, connection: Connection, scope: trio.
     )  # fmt: skip
 
 
+def _postpone(scope: trio.CancelScope, idle_timeout: float, end: float) -> None:
+    """Something has moved."""
+    scope.deadline = min(trio.current_time() + idle_timeout, end)
+
+
 def _late(reply: Reply, *, overdue: bool) -> SidecarError | Aborted:
     """What a cancelled exchange has come to. `overdue`: the whole of it took too long, and it need not have been idle."""
     code, reason = ("route_timeout", "it took too long") if overdue else ("exchange_idle", "no byte moved for too long")
@@ -301,11 +345,12 @@ def _where(error: Exception) -> str:
     return f"{type(error).__name__}: {error}" + "".join(f" ({f.filename}:{f.lineno} {f.name})" for f in frame)
 
 
-def _ids(exchange_id: str, fields: Fields) -> Ids:
-    trace, traceparent = headers.traceparent(fields) or headers.made_traceparent(os.urandom(24))
-    return Ids(
-        exchange=exchange_id, request=headers.request_id(fields) or exchange_id, trace=trace, traceparent=traceparent
-    )
+def _random(size: int) -> Iterator[bytes]:
+    """So many random bytes each time. The system is asked for many at once, since it is the call that costs."""
+    while True:
+        block = os.urandom(size * 128)
+        for at in range(0, len(block), size):
+            yield block[at : at + size]
 
 
 def _record(
@@ -313,7 +358,8 @@ def _record(
     started_at: float, seconds: float,
 ) -> Exchange:  # fmt: skip
     attempt, decision = notes.attempt, notes.decision
-    return Exchange(
+    upstream = attempt.upstream if attempt is not None else None
+    return _exchange(
         exchange_id=ids.exchange,
         connection_id=connection.id,
         request_id=ids.request,
@@ -338,9 +384,10 @@ def _record(
         rule=decision.rule if decision is not None else None,
         reason=decision.reason if decision is not None else None,
         revision=decision.revision if decision is not None else None,
-        upstream=str(attempt.upstream.address) if attempt is not None else None,
+        repeats=decision.repeats if decision is not None else None,
+        upstream=upstream.name if upstream is not None else None,
         upstream_id=notes.peer_id,
-        upstream_tls=attempt.upstream.tls if attempt is not None else None,
+        upstream_tls=upstream.tls if upstream is not None else None,
         decision_seconds=notes.decision_seconds,
         upstream_seconds=notes.upstream_seconds,
     )

@@ -21,7 +21,7 @@ from random import uniform
 
 import trio
 
-from sidecar.attempt import Attempt
+from sidecar.attempt import Attempt, OwnAnswer
 from sidecar.errors import ClientFault, MaybeSent, NoAnswer, NotSent, PlaintextOnly, SidecarError, UpstreamFault
 from sidecar.model import (
     Aborted,
@@ -33,11 +33,14 @@ from sidecar.model import (
     Reply,
     Response,
     ResponseHead,
+    maker,
 )
 from sidecar.wire import headers
 from sidecar.wire.client import Client
 from sidecar.wire.passing import Sifted, Upload, cut, tunnel
 from sidecar.wire.upstream import UpstreamStream
+
+_response, _response_head = maker(Response), maker(ResponseHead)
 
 _MAX_INTERIM = 100
 """Interim answers to one request. Each is a sign of life, and a final one must come."""
@@ -62,7 +65,7 @@ class Notes:
         self.error: str | None = "cancelled"
         self.detail: str | None = None
         self.status: int | None = None
-        self.attempt: Attempt | None = None
+        self.attempt: Attempt | OwnAnswer | None = None
         self.decision: Allow | Deny | None = None
         self.decision_seconds = 0.0
         self.upstream_seconds = 0.0
@@ -164,8 +167,9 @@ class Forward:
             if self._attempt.proven is not None:
                 await self._attempt.proven(stream.peer)
         head, fields, body = self._attempt.head, self._attempt.fields, self._permit.request.body
-        if self._permit.allow.request_headers:
-            fields = headers.with_added(fields, self._permit.allow.request_headers)
+        allow = self._permit.allow
+        if allow.request_headers or allow.request_headers_removed:
+            fields = headers.with_added(fields, allow.request_headers, self._set_or_removed())
         self._began = self._stopwatch()
         if body.length != 0:
             return await self._converse(stream, fields)
@@ -227,7 +231,14 @@ class Forward:
 
     def _reserved(self) -> frozenset[bytes]:
         """Names that were decided on, or set by policy: trailers may not say otherwise."""
-        return self._attempt.reserved | {headers.fold(name.encode()) for name in self._permit.allow.request_headers}
+        return self._attempt.reserved | self._set_or_removed()
+
+    def _set_or_removed(self) -> frozenset[bytes]:
+        """Folded names of which policy says what the upstream sees."""
+        allow = self._permit.allow
+        return frozenset(
+            headers.fold(name.encode()) for name in (*allow.request_headers, *allow.request_headers_removed)
+        )
 
     async def _respond(self, stream: UpstreamStream) -> None:
         request, upload = self._permit.request.head, self._upload
@@ -248,11 +259,7 @@ class Forward:
         self._notes.status = head.status
         if upload is not None:
             upload.forget()
-        fields = headers.response(
-            head.fields, self._permit.allow.response_headers, via=self._via,
-            upstream_decides=self._attempt.upstream_decides,
-        )  # fmt: skip
-        answer = ResponseHead(status=head.status, fields=fields)
+        answer = self._passed(head)
         if head.status == 101:
             await tunnel(await self._reply.tunnel(answer), stream.tunnel(), self._moved)
             return
@@ -262,4 +269,18 @@ class Forward:
         if head.status in _OF_GATEWAYS:
             stream.failed()
         body = Sifted(stream.body, "upstream_broke_off", self._moved)
-        await self._reply.send(Response(head=answer, body=body))
+        await self._reply.send(_response(head=answer, body=body))
+
+    def _passed(self, head: ResponseHead) -> ResponseHead:
+        """The head of the final answer as it goes back. Where nothing of policy's is in it, it is the same for the same head."""
+        add, decides = self._permit.allow.response_headers, self._attempt.upstream_decides
+        kept = head.kept if not add else None
+        if kept is not None:
+            known: tuple[bool, ResponseHead] | None = kept.get(self._via)
+            if known is not None and known[0] is decides:
+                return known[1]
+        fields = headers.response(head.fields, add, via=self._via, upstream_decides=decides)
+        answer = _response_head(status=head.status, fields=fields, kept={} if kept is not None else None)
+        if kept is not None:
+            kept[self._via] = decides, answer
+        return answer

@@ -11,12 +11,35 @@ from collections.abc import Callable
 from dataclasses import replace
 from urllib.parse import quote
 
-from sidecar.attempt import Attempt, Bucket, Ids, Seen, is_grpc, not_connect, offered, sendable
+from sidecar.attempt import Attempt, Bucket, Ids, Seen, is_grpc, not_connect, not_elsewhere, offered, sendable
 from sidecar.config import AgentUpstream, Rate
-from sidecar.errors import ClientFault
-from sidecar.model import Anonymous, Connection, Direction, Inquiry, Mode, Request, RequestHead, Workload
+from sidecar.model import Anonymous, Connection, Direction, Inquiry, Mode, Request, RequestHead, Workload, maker
 from sidecar.wire import headers
 from sidecar.wire.upstream import Upstream
+
+_attempt, _inquiry = maker(Attempt), maker(Inquiry)
+_OF_EACH = frozenset({b"x-request-id", b"traceparent"})
+"""Fields that differ from one request to the next that is otherwise the same."""
+
+
+class _Plan:
+    """The attempt that was made of a head and its connection. It serves again, but for the ids, as long as policy sees the same."""
+
+    __slots__ = ("attempt", "ids_at", "seen")
+
+    def __init__(self, attempt: Attempt, seen: Seen) -> None:
+        self.attempt = attempt
+        self.seen = seen
+        self.ids_at = headers.ids_at(attempt.fields)
+
+    def again(self, ids: Ids) -> Attempt:
+        first = self.attempt
+        return _attempt(
+            upstream=first.upstream, head=first.head,
+            fields=headers.with_ids(first.fields, self.ids_at, ids.request, ids.traceparent),
+            inquiry=first.inquiry, reserved=first.reserved, timeout=first.timeout, retries=first.retries,
+            bucket=first.bucket,
+        )  # fmt: skip
 
 
 class Inbound:
@@ -50,15 +73,21 @@ class Inbound:
         self._h2 = replace(self._h1, protocol="h2")
 
     def attempt(self, connection: Connection, request: Request, ids: Ids) -> Attempt:
+        kept, seen = request.kept, self._seen()
+        plan: _Plan | None = kept.get("inbound") if kept is not None else None
+        if plan is not None and plan.seen is seen:
+            return plan.again(ids)
+        attempt = self._planned(connection, request, ids, seen)
+        if kept is not None and not (seen.headers | seen.reserved) & _OF_EACH and not _has_state(request.head):
+            kept["inbound"] = _Plan(attempt, seen)
+        return attempt
+
+    def _planned(self, connection: Connection, request: Request, ids: Ids, seen: Seen) -> Attempt:
         head = request.head
         if head.upgrade is not None:
             head = offered(head)
         not_connect(head)
-        if connection.server_name is not None and head.host != connection.server_name:
-            raise ClientFault(
-                f"{head.host} was asked of {connection.server_name}",
-                code="authority_mismatch", public="this connection was made for another host", status=421,
-            )  # fmt: skip
+        not_elsewhere(connection, head)
         headers.via_loops(head.fields, self._pseudonym)
         caller = str(connection.peer.id) if isinstance(connection.peer, Workload) else None
         upstream = self._upstream(head)
@@ -67,15 +96,15 @@ class Inbound:
             request_id=ids.request, traceparent=ids.traceparent, via=self.via,
             xfcc=_xfcc(caller) if self._xfcc and caller else None, te_trailers=upstream.protocol == "h2",
         )  # fmt: skip
-        seen, sent = self._seen(), head if head.upgrade is None else sendable(head, upstream)
-        inquiry = Inquiry(
+        sent = head if head.upgrade is None else sendable(head, upstream)
+        inquiry = _inquiry(
             direction="inbound", caller=caller,
             caller_reason=connection.peer.reason if isinstance(connection.peer, Anonymous) else None,
             method=head.method, path=head.target.path, segments=head.target.segments, query=seen.query_of(head),
             headers=seen.headers_of(sent, fields), mtls_mode=self.mode, tls=connection.tls,
             host=head.host, port=head.port or connection.local.port, protocol=head.protocol,
         )  # fmt: skip
-        return Attempt(
+        return _attempt(
             upstream=upstream, head=sent, fields=fields, inquiry=inquiry, reserved=seen.reserved,
             timeout=self._timeout, retries=self._retries, bucket=self._bucket,
         )  # fmt: skip
@@ -86,6 +115,11 @@ class Inbound:
         if self._protocol == "h2c" or (is_grpc(head) and head.upgrade is None):
             return self._h2
         return self._h1
+
+
+def _has_state(head: RequestHead) -> bool:
+    """Whether there is a `tracestate`, which goes on with the parent that it came with, and with no other."""
+    return any(name == b"tracestate" for name, _ in head.fields)
 
 
 def _xfcc(caller: str) -> str:

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from sidecar.errors import OperatorFault
 from sidecar.model import Address
-from sidecar.wire.handover import Succession
+from sidecar.wire.handover import MAX_SOCKETS, Succession
 from sidecar.wire.listening import Listener
 from sidecar.wire.network import Network
+from sidecar.wire.queues import shared_out
+
+_ONE_EACH: Mapping[str, int] = MappingProxyType({})
 
 
 class Listeners:
@@ -26,8 +30,13 @@ class Listeners:
         self._activated = activated
         self._open: dict[Address, Listener] = dict(activated)
 
-    async def open(self, wanted: Mapping[str, Address]) -> Mapping[str, Listener]:
-        """Return a listener for each address, by the key of the configuration that names it. Raises `OperatorFault`."""
+    async def open(
+        self, wanted: Mapping[str, Address], number: Mapping[str, int] = _ONE_EACH
+    ) -> Mapping[str, Listener]:
+        """Return a listener for each address, by the key of the configuration that names it. Raises `OperatorFault`.
+
+        `number`: how many queues it should have, where that is not one. Those that are held for us stay as they are.
+        """
         if unused := self._activated.keys() - set(wanted.values()):
             raise OperatorFault(
                 f"LISTEN_FDS: nobody listens at {', '.join(map(str, unused))}", code="activation_unused"
@@ -43,6 +52,10 @@ class Listeners:
                     self._open[at] = await self._network.listen(at)
                 except OSError as error:
                     raise OperatorFault(f"{key}: {at}: {_why(error)}", code="listen_refused") from error
+        for key, at in wanted.items():
+            # All of them have to fit into one message to a successor.
+            if at not in self._activated and (most := min(number.get(key, 1), MAX_SOCKETS // len(wanted))) > 1:
+                self._open[at] = shared_out(self._open[at], most)
         return {key: self._open[at] for key, at in wanted.items()}
 
     async def take_over(self) -> None:

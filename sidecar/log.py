@@ -178,8 +178,8 @@ class Log:
 
 def timestamp(seconds: float) -> str:
     """Unix seconds in RFC 3339, UTC, with milliseconds."""
-    whole, milliseconds = divmod(round(seconds * 1000), 1000)
-    return f"{_second(whole)}.{milliseconds:03}Z"
+    milliseconds = round(seconds * 1000)
+    return f"{_second(milliseconds // 1000)}.{milliseconds % 1000:03}Z"
 
 
 @lru_cache(maxsize=4)

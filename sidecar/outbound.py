@@ -22,9 +22,11 @@ from sidecar.config import Route, RouteTable
 from sidecar.errors import ClientFault, NoRoute, NotSent, PlaintextOnly
 from sidecar.identity.proven import Proven
 from sidecar.identity.spiffe import parse
-from sidecar.model import Connection, Direction, Inquiry, Mode, Request, Workload
+from sidecar.model import Connection, Direction, Inquiry, Mode, Request, RequestHead, Workload, maker
 from sidecar.wire import headers
 from sidecar.wire.upstream import Upstream
+
+_attempt, _inquiry, _request_head = maker(Attempt), maker(Inquiry), maker(RequestHead)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,16 +132,20 @@ class Outbound:
                 upstream = replace(upstream, protocol="h1")
         elif is_grpc(original) and not upstream.tls:
             upstream = replace(upstream, protocol="h2")
-        head = sendable(
-            replace(original, host=route.authority_host, port=route.authority_port, protocol="HTTP/1.1"), upstream
-        )
+        head = _request_head(
+            method=original.method, target=original.target, host=route.authority_host, port=route.authority_port,
+            fields=original.fields, protocol="HTTP/1.1", upgrade=original.upgrade,
+            expects_continue=original.expects_continue,
+        )  # fmt: skip
+        if head.upgrade is not None:
+            head = sendable(head, upstream)
         fields = headers.outbound_request(
             original.fields, own_id=own_id if upstream.tls else None, original_host=original.authority,
             request_id=ids.request, traceparent=ids.traceparent, via=self.via,
             te_trailers=original.protocol == "HTTP/2" and upstream.protocol != "h1",
         )  # fmt: skip
         seen = self._seen()
-        inquiry = Inquiry(
+        inquiry = _inquiry(
             direction="outbound", caller=own_id, caller_reason="local_process", method=head.method,
             path=head.target.path, segments=head.target.segments, query=seen.query_of(head),
             headers=seen.headers_of(head, fields), mtls_mode=self.mode, tls=upstream.tls,
@@ -155,7 +161,7 @@ class Outbound:
             except OSError as error:
                 self._remember_failed(name, error)
 
-        return Attempt(
+        return _attempt(
             upstream=upstream, head=head, fields=fields, inquiry=inquiry, reserved=seen.reserved,
             proven=None if known else remember, timeout=route.timeout, retries=route.retries, bucket=leg.bucket,
             upstream_decides=upstream.tls,

@@ -6,9 +6,12 @@ anything.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from sidecar.attempt import Seen
-from sidecar.config import Config
-from sidecar.decision.policy import Policy
+from sidecar.bundles.terms import Terms
+from sidecar.config import Config, Policy, Rate, Remote
+from sidecar.decision import cache
 from sidecar.errors import OperatorFault
 from sidecar.exchange import Bounds
 from sidecar.model import Mode
@@ -51,6 +54,42 @@ def client_settings(config: Config) -> ClientSettings:
     )  # fmt: skip
 
 
+def share(config: Config) -> Config:
+    """What one of `workers` is told: its part of every bound on the whole sidecar, rounded up. The others are of one connection,
+    one request or one upstream address, and stay (`docs/workers.md`).
+    """
+    of = config.workers
+    if of == 1:
+        return config
+    limits, policy = config.limits, config.policy
+    if policy is not None and policy.cache is not None:
+        cache = replace(
+            policy.cache, max_entries=_part(policy.cache.max_entries, of), max_bytes=_part(policy.cache.max_bytes, of)
+        )
+        policy = replace(policy, cache=cache)
+    outbound = config.outbound
+    if outbound is not None:
+        outbound = replace(outbound, routes=tuple(replace(one, rate=_rate(one.rate, of)) for one in outbound.routes))
+    return replace(
+        config, policy=policy, outbound=outbound,
+        inbound=tuple(replace(one, rate=_rate(one.rate, of)) for one in config.inbound),
+        limits=replace(
+            limits, max_connections=_part(limits.max_connections, of),
+            max_connections_per_peer=_part(limits.max_connections_per_peer, of),
+            max_exchanges=_part(limits.max_exchanges, of), max_exchanges_per_peer=_part(limits.max_exchanges_per_peer, of),
+            max_upstream_connections=_part(limits.max_upstream_connections, of),
+        ),
+    )  # fmt: skip
+
+
+def _part(whole: int, of: int) -> int:
+    return -(-whole // of)
+
+
+def _rate(rate: Rate | None, of: int) -> Rate | None:
+    return None if rate is None else Rate(per_second=rate.per_second / of, burst=_part(rate.burst, of))
+
+
 def bounds(config: Config) -> Bounds:
     return Bounds(
         idle_timeout=config.timeouts.idle, body_timeout=config.timeouts.body, max_exchanges=config.limits.max_exchanges,
@@ -63,8 +102,8 @@ def seen(config: Config) -> Seen:
     return Seen(headers=names, query=frozenset(config.policy_input.query), reserved=frozenset(map(fold, names)))
 
 
-def policy(config: Config) -> Policy:
-    """What the engine needs. Raises `OperatorFault` for a key file that cannot be read."""
+def terms(config: Config) -> Terms:
+    """On which bundles are taken. Raises `OperatorFault` for a key file that cannot be read."""
     assert config.policy is not None  # noqa: S101  (the configuration has one wherever OPA is a child of ours)
     keys = {}
     for name, key in config.policy.keys.items():
@@ -74,11 +113,22 @@ def policy(config: Config) -> Policy:
             raise OperatorFault(
                 f"policy.keys.{name}.file: {key.file}: {error.strerror}", code="policy_key_unreadable"
             ) from error
-    return Policy(source=config.policy.source, keys=keys, scope=config.policy.scope)
+    return Terms(
+        keys=keys, scope=config.policy.scope, minimum_serial=config.policy.minimum_serial,
+        max_policy_age=config.policy.max_policy_age,
+    )  # fmt: skip
+
+
+def cache_bounds(policy: Policy) -> cache.Bounds | None:
+    kept = policy.cache
+    return cache.Bounds(max_entries=kept.max_entries, max_bytes=kept.max_bytes) if kept is not None else None
 
 
 def about_policy(fault: OperatorFault, config: Config) -> OperatorFault:
     """The fault, with the key that names the bundle where it is about the bundle."""
     if config.policy is None or not fault.code.startswith("bundle_"):
         return fault
-    return OperatorFault(f"policy.source: {config.policy.source}: {fault}", code=fault.code)
+    source = config.policy.source
+    return OperatorFault(
+        f"policy.source: {source.url if isinstance(source, Remote) else source}: {fault}", code=fault.code
+    )

@@ -10,6 +10,12 @@ import pytest
 from sidecar.decision import install
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """The programs that tests start are of the tree that is tested, whatever the environment has installed."""
+    paths = [str(config.rootpath), str(config.rootpath / "tests"), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+
+
 @pytest.fixture(scope="session")
 def opa() -> Path:
     """The real OPA. Where tests must be whole (CI=true), a missing one is a failure and not a skip."""

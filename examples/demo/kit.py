@@ -6,12 +6,18 @@ usages and exactly one URI name. Each argument of `svid` bends one of these, so 
 thing at a time. It refuses to know what a verifier ought to say about the result.
 
 Keys live in memory and in the files that `write` is told to make, nowhere else.
+
+    python -m examples.demo.kit DIRECTORY NAME=/PATH [NAME=/PATH …]
+
+makes one authority of example.org, and of it an SVID for each path: DIRECTORY/NAME/svid.pem, svid_key.pem and
+bundle-example.org.pem. The authority's own key is not kept, so a second run makes another authority.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -242,3 +248,19 @@ def _dated(builder: x509.CertificateBuilder, ttl: float, not_before: datetime | 
     now = datetime.now(UTC)
     end = now + timedelta(seconds=ttl)
     return builder.not_valid_before(not_before or min(now, end) - SKEW).not_valid_after(end)
+
+
+def main(arguments: Sequence[str]) -> int:
+    if len(arguments) < 2 or not all(re.fullmatch(r"[\w.-]+=/[\w./-]+", one) for one in arguments[1:]):
+        print("usage: python -m examples.demo.kit DIRECTORY NAME=/PATH [NAME=/PATH …]", file=sys.stderr)
+        return 2
+    ca = CA("example.org")
+    for one in arguments[1:]:
+        name, _, path = one.partition("=")
+        write(Path(arguments[0], name), ca.svid(path, dns=["localhost"]), {ca.trust_domain: ca.bundle_pem})
+        print(f"{name}: spiffe://{ca.trust_domain}{path}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sidecar import config
 from sidecar.cli.run import read
 from sidecar.model import Mode
+
+if TYPE_CHECKING:
+    from sidecar.cli import files
 
 _SOURCES = {
     "file": "as mtls_mode says",
@@ -36,14 +40,19 @@ def _check(arguments: argparse.Namespace) -> int:
     report.identity(checked.identity)
     report.policy(checked.policy)
     report.surroundings(checked, arguments.config)
+    return told(arguments.config, report, _listeners(checked))
+
+
+def told(path: Path, report: files.Report, more: Iterable[str]) -> int:
+    """Say what was found; return the exit code."""
     for warning in report.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     for problem in report.problems:
-        print(f"{arguments.config}: {problem}", file=sys.stderr)
+        print(f"{path}: {problem}", file=sys.stderr)
     if report.problems:
         return 1
-    print(f"{arguments.config} is sound")
-    for line in (*report.facts, *_listeners(checked)):
+    print(f"{path} is sound")
+    for line in (*report.facts, *more):
         print(f"  {line}")
     return 0
 

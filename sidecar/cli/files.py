@@ -1,31 +1,28 @@
 """What the files behind a configuration show, for `sidecar check`.
 
-Each file is read as it will be by whoever uses it. That the bundle's signature verifies is not tried here: OPA does
-that, and a second verifier would be a second opinion.
+Each file is read as it will be by whoever uses it: a bundle is verified as the sidecar will verify it. Nothing is dialled.
 """
 
 from __future__ import annotations
 
 import os
 import stat
-import tarfile
 import time
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
-from cryptography.hazmat.primitives.serialization import load_pem_public_key
-
 from sidecar import config
+from sidecar.bundles import archive, release, signature, sources
+from sidecar.bundles.archive import Bounds, Bundle
+from sidecar.bundles.release import Release
+from sidecar.bundles.signature import VerifyingKey
+from sidecar.config.fleet import FleetConfig
 from sidecar.errors import OperatorFault
 from sidecar.identity import pem_files
 
-_MIN_RSA_BITS = 2048
+_MAX_KEY_BYTES = 1 << 16
 _SECRET_HEADERS = frozenset({"authorization", "cookie", "proxy-authorization", "x-api-key"})
 
 
@@ -55,29 +52,59 @@ class Report:
         if policy is None:
             self.facts.append("policy    loaded by whoever runs OPA; its signature is not verified by us")
             return
-        self._bundles(policy.source)
-        for name, key in policy.keys.items():
-            try:
-                check_key(key)
-            except OperatorFault as error:
-                self.problems.append(f"policy.keys.{name}.file: {key.file}: {error}")
-        self.facts.append(f"policy    {policy.source}, scope {policy.scope}, signed by {' or '.join(policy.keys)}")
+        keys = self._keys("policy", policy.keys)
+        where = f"scope {policy.scope}, signed by {' or '.join(policy.keys)}"
+        if isinstance(policy.source, config.Remote):
+            self.facts.append(f"policy    {policy.source.url}, {where}; the server is not asked here")
+        elif found := self._bundles(policy, policy.source, keys):
+            said, key_id = found
+            self.facts.append(f"policy    {policy.source}, {where}")
+            self.facts.append(f"policy    revision {said.revision}, serial {said.serial}, signed with {key_id}")
 
-    def _bundles(self, source: Path) -> None:
-        """One bundle, or a directory of them, of which one that can be used is enough."""
-        directory = source.is_dir()
-        paths = sorted(source.glob("*.tar.gz")) if directory else [source]
+    def served(self, checked: FleetConfig) -> None:
+        """What a bundle server hands out, and what it keeps its state in."""
+        for name, bundle in checked.bundles.items():
+            self._keys(f"bundles.{name}", bundle.keys)
+            self.facts.append(f"bundle    {name}, scope {bundle.scope}, signed by {' or '.join(bundle.keys)}")
+        if (password := checked.database.password) is not None:
+            try:
+                _check_regular(password)
+                password.read_text("utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                why = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else "is not UTF-8"
+                self.problems.append(f"database.password: {password}: {why}")
+            except OperatorFault as error:
+                self.problems.append(f"database.password: {password}: {error}")
+
+    def _keys(self, section: str, named: Mapping[str, config.PolicyKey]) -> dict[str, VerifyingKey]:
+        """Those that can be used; the others are problems."""
+        keys: dict[str, VerifyingKey] = {}
+        for name, key in named.items():
+            try:
+                keys[name] = check_key(key)
+            except OperatorFault as error:
+                self.problems.append(f"{section}.keys.{name}.file: {key.file}: {error}")
+        return keys
+
+    def _bundles(
+        self, policy: config.Policy, source: Path, keys: Mapping[str, VerifyingKey]
+    ) -> tuple[Release, str] | None:
+        """What the one that a sidecar would take says, and whose it is: of a directory the highest that can be used."""
+        found = (path for path in source.glob("*.tar.gz") if not path.name.startswith("."))
+        paths = sorted(found) if source.is_dir() else [source]
+        usable: list[tuple[Release, str]] = []
         unusable = []
         for path in paths:
             try:
-                check_bundle(path)
+                usable.append(check_bundle(path, policy, keys))
             except OperatorFault as error:
                 unusable.append(f"policy.source: {path}: {error}")
         if not paths:
             self.problems.append(f"policy.source: {source}: holds no bundle (*.tar.gz)")
-        (self.problems if len(unusable) == len(paths) else self.warnings).extend(unusable)
+        (self.warnings if usable else self.problems).extend(unusable)
+        return max(usable, key=lambda one: one[0].serial, default=None)
 
-    def surroundings(self, checked: config.Config, file: Path) -> None:
+    def surroundings(self, checked: config.Config | FleetConfig, file: Path) -> None:
         self.warnings.extend(_writable(checked, file))
         if checked.state_dir.exists() and not checked.state_dir.is_dir():
             self.problems.append(f"state_dir: {checked.state_dir}: is not a directory")
@@ -92,44 +119,40 @@ class Report:
             self.warnings.append(f"opa.address: there is no socket at {checked.opa.socket} now")
 
 
-def check_bundle(path: Path) -> None:
-    """Raise `OperatorFault` unless this is an OPA bundle that carries a signature, whoever's it is."""
+def check_bundle(path: Path, policy: config.Policy, keys: Mapping[str, VerifyingKey]) -> tuple[Release, str]:
+    """What the bundle says, and the key that vouches for it. Raises `OperatorFault` unless a fresh sidecar would take it.
+
+    What a sidecar remembers of serials is its own: it is not looked at. Without any key the signature is not verified.
+    """
+    bundle = read_bundle(path)
+    verifiable = keys or bundle.signatures is None
+    key_id = signature.verify(bundle, keys, policy.scope) if verifiable else "none of the keys"
+    said = release.release(bundle)
+    digest = signature.content_digest(bundle)
+    release.accept(said, digest, None, now=time.time(), minimum_serial=policy.minimum_serial)
+    return said, key_id
+
+
+def read_bundle(path: Path) -> Bundle:
+    """Raises `OperatorFault`, whose text goes on after the path, unless this is a bundle, whoever signed it."""
     _check_regular(path)
+    bounds = Bounds()
     try:
-        with tarfile.open(path, "r:gz") as archive:
-            names = {member.name for member in archive}
-    except OSError as error:
-        raise OperatorFault(f"cannot be read: {error.strerror or error}") from error
-    except (tarfile.TarError, EOFError, zlib.error) as error:
-        raise OperatorFault(f"is not a bundle (a gzipped tar file): {error}") from error
-    if not {f"{start}.signatures.json" for start in ("", "/", "./")} & names:
-        raise OperatorFault("is not signed: it has no .signatures.json")
+        content = sources.contents(path, bounds)
+    except OperatorFault as fault:
+        raise OperatorFault(f"cannot be read: {_reason(fault)}", code=fault.code) from fault
+    return archive.read(content, bounds)
 
 
-def check_key(key: config.PolicyKey) -> None:
-    """Raise `OperatorFault` unless the file holds a public key, as PEM, that serves for its algorithm."""
+def check_key(key: config.PolicyKey) -> VerifyingKey:
+    """Read a public key. Raises `OperatorFault` unless the file holds one, as PEM, that serves for its algorithm."""
     _check_regular(key.file)
     try:
-        pem = key.file.read_bytes()
+        with key.file.open("rb") as file:
+            pem = file.read(_MAX_KEY_BYTES)
     except OSError as error:
         raise OperatorFault(f"cannot be read: {error.strerror}") from error
-    if b"PRIVATE KEY" in pem:
-        raise OperatorFault("holds a private key; only the public one belongs here")
-    try:
-        public = x509.load_pem_x509_certificate(pem).public_key() if b"CERTIFICATE" in pem else load_pem_public_key(pem)
-    except (ValueError, UnsupportedAlgorithm) as error:
-        raise OperatorFault("is not a public key in PEM") from error
-    match key.algorithm[:2], public:
-        case "ES", ec.EllipticCurvePublicKey():
-            serves = key.algorithm[2:] == {256: "256", 384: "384", 521: "512"}.get(public.curve.key_size)
-        case "RS" | "PS", rsa.RSAPublicKey():
-            serves = public.key_size >= _MIN_RSA_BITS
-        case "Ed", ed25519.Ed25519PublicKey():
-            serves = True
-        case _:
-            serves = False
-    if not serves:
-        raise OperatorFault(f"is a key that cannot be used with {key.algorithm}")
+    return signature.public_key(key.algorithm, pem)
 
 
 def _check_regular(path: Path) -> None:
@@ -138,13 +161,24 @@ def _check_regular(path: Path) -> None:
         raise OperatorFault("is not a regular file")
 
 
-def _writable(checked: config.Config, file: Path) -> Iterator[str]:
+def _reason(fault: OperatorFault) -> str:
+    """Without the path, which stands before it already."""
+    return fault.__cause__.strerror or str(fault) if isinstance(fault.__cause__, OSError) else str(fault)
+
+
+def _writable(checked: config.Config | FleetConfig, file: Path) -> Iterator[str]:
     """Files that decide whom we trust, and that anybody may write."""
     files = {"the configuration": file}
     if checked.identity:
         files |= {f"identity.bundles.{domain}": path for domain, path in checked.identity.bundles.items()}
     if checked.policy:
         files |= {f"policy.keys.{name}.file": key.file for name, key in checked.policy.keys.items()}
+    if isinstance(checked, FleetConfig):
+        files |= {
+            f"bundles.{bundle}.keys.{name}.file": key.file
+            for bundle, one in checked.bundles.items()
+            for name, key in one.keys.items()
+        }
     for name, path in files.items():
         with suppress(OSError):
             if stat.S_ISREG(mode := path.stat().st_mode) and mode & stat.S_IWOTH:

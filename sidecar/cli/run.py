@@ -25,10 +25,14 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def read(path: Path) -> config.Config:
     """Read a configuration file as `run` does. Raises `OperatorFault`."""
+    return config.load(text(path), os.environ, path.absolute().parent)
+
+
+def text(path: Path) -> str:
+    """What a configuration file holds. Raises `OperatorFault` (`config_unreadable`)."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise OperatorFault(f"{path}: cannot be read: {error.strerror}", code="config_unreadable") from error
     except UnicodeDecodeError as error:
         raise OperatorFault(f"{path}: is not UTF-8", code="config_unreadable") from error
-    return config.load(text, os.environ, path.absolute().parent)

@@ -25,19 +25,18 @@ from sidecar.config.settings import (
     OpaChild,
     OpaExternal,
     Outbound,
-    Policy,
     PolicyInput,
-    PolicyKey,
     Route,
     Timeouts,
 )
+from sidecar.config.shipping import Shipping
 from sidecar.model import Address, Mode
 
 T = TypeVar("T")
 W = TypeVar("W", bound=str)
 
 DEFAULT = Config()
-_LOCAL = "bundles are taken from where source says, as they are"
+MAX_WORKERS = 64
 
 
 def load(text: str, environ: Mapping[str, str], base: Path) -> Config:
@@ -47,7 +46,7 @@ def load(text: str, environ: Mapping[str, str], base: Path) -> Config:
     Raises `ConfigError` with every problem that was found, each with its dotted path and line.
     """
     document = Document(text)
-    reader = _Reader(document.root.section(), base)
+    reader = Reader(document.root.section(), base)
     config = reader.config(environ)
     for path, message in contradictions(reader.draft):
         document.note(path, message)
@@ -55,7 +54,7 @@ def load(text: str, environ: Mapping[str, str], base: Path) -> Config:
     return config
 
 
-class _Reader:
+class Reader:
     def __init__(self, root: Section, base: Path):
         self.root = root
         self.base = base
@@ -64,16 +63,20 @@ class _Reader:
     def config(self, environ: Mapping[str, str]) -> Config:
         root = self.root
         mode, source = self._top_mode(environ)
+        shipping = Shipping(self._path, self.draft)
         config = Config(
             mtls_mode=mode or "strict",
             mtls_mode_source=source,
+            workers=root.take("workers", lambda i: i.whole(1, MAX_WORKERS), DEFAULT.workers),
             state_dir=root.take("state_dir", self._path, self.base / "state"),
             identity=root.take("identity", self._identity, None),
             inbound=root.take("inbound", self._inbound, ()),
             outbound=root.take("outbound", self._outbound, None),
             opa=root.take("opa", self._opa, DEFAULT.opa),
-            policy=root.take("policy", self._policy, None),
+            policy=root.take("policy", shipping.policy, None),
             policy_input=root.take("policy_input", decoders.policy_input, PolicyInput()),
+            decision_log=root.take("decision_log", shipping.decision_log, None),
+            labels=root.take("labels", decoders.label_pairs, DEFAULT.labels),
             health=root.take("health", self._health, DEFAULT.health),
             timeouts=root.take("timeouts", decoders.timeouts, Timeouts()),
             limits=root.take("limits", decoders.limits, Limits()),
@@ -224,28 +227,6 @@ class _Reader:
         )
         section.close()
         return opa
-
-    def _policy(self, item: Item) -> Policy:
-        section = item.section()
-        policy = Policy(
-            source=section.need("source", self._path),
-            keys=section.need(
-                "keys", lambda i: decoders.named(i, decoders.plain_label, self._policy_key, "a key by its id")
-            ),
-            scope=section.take("scope", decoders.label, "sidecar"),
-        )
-        section.later(dict.fromkeys(("minimum_serial", "max_policy_age", "spiffe_ids", "ca"), _LOCAL))
-        section.close()
-        return policy
-
-    def _policy_key(self, item: Item) -> PolicyKey:
-        section = item.section()
-        key = PolicyKey(
-            algorithm=section.need("algorithm", decoders.algorithm),
-            file=section.need("file", self._path),
-        )
-        section.close()
-        return key
 
     def _health(self, item: Item) -> Health | None:
         if item.empty:

@@ -18,6 +18,8 @@ from sidecar.model import Address, Mode
 Contradictions: TypeAlias = Iterator[tuple[str, str]]
 
 _STRENGTH: Mapping[Mode, int] = {"disabled": 0, "permissive": 1, "strict": 2}
+_ENVOY = frozenset({"attributes", "parsed_path", "parsed_query", "parsed_body", "truncated_body", "version"})
+"""What a question in the words of OPA's plugin for Envoy consists of."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -36,6 +38,10 @@ class Draft:
     trust_domains: frozenset[str] | None = None
     """Those with a bundle; None where no identity could be read."""
     opa_external: bool = False
+    proven_by_us: dict[str, frozenset[str]] = field(default_factory=dict)
+    """IDs that servers of ours (bundles, logs) must prove, by the path of their key."""
+    asks_as_envoy: bool = False
+    masked: tuple[str, ...] = ()
 
 
 def contradictions(draft: Draft) -> Contradictions:
@@ -103,6 +109,24 @@ def _unproven_targets(draft: Draft) -> Contradictions:
                 yield f"{path}.spiffe_ids", f"{workload} can never be proven: identity.bundles has no {domain}"
 
 
+def _unproven_servers(draft: Draft) -> Contradictions:
+    for path, ids in draft.proven_by_us.items():
+        if "identity" not in draft.given:
+            yield path, "needs an identity of ours: mutual TLS has two sides"
+        for workload in sorted(ids):
+            domain = places.trust_domain_of(workload)
+            if draft.trust_domains is not None and domain not in draft.trust_domains:
+                yield path, f"{workload} can never be proven: identity.bundles has no {domain}"
+
+
+def _masks_of_other_words(draft: Draft) -> Contradictions:
+    """A mask that points at nothing lets through what somebody meant to be taken out."""
+    for pointer in draft.masked if draft.asks_as_envoy else ():
+        if pointer.startswith("/input/") and pointer.split("/")[2] not in _ENVOY:
+            where = "/input/attributes/request/http/headers"
+            yield "decision_log.mask", f"{pointer} is nowhere with policy.input: envoy; headers are at {where}"
+
+
 def _same_routes(draft: Draft) -> Contradictions:
     places_taken: dict[tuple[str | None, str], str] = {}
     names: dict[str, str] = {}
@@ -122,5 +146,7 @@ CHECKS: tuple[Callable[[Draft], Contradictions], ...] = (
     _own_listeners,
     _outbound_in_the_open,
     _unproven_targets,
+    _unproven_servers,
+    _masks_of_other_words,
     _same_routes,
 )

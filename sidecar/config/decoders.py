@@ -38,6 +38,8 @@ LIMITS = {
 }
 _MODE_BOOLEANS = {False: "disabled", True: "strict or permissive"}
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}")
+_POINTER = re.compile(r"/(input|result)(/([^~/]|~[01])*)+")
+_ENTRYPOINT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(/[A-Za-z_][A-Za-z0-9_]*)+")
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@*-]{0,127}")
 _SOCKET_BYTES = 107
 
@@ -48,6 +50,36 @@ def mode(item: Item) -> Mode:
 
 def choice(*choices: W) -> Callable[[Item], W]:
     return lambda item: cast("W", item.choice(*choices))
+
+
+def share(item: Item) -> float:
+    """More than 0, at most 1."""
+    value = item.per_second()
+    if value > 1:
+        raise Wrong("must be more than 0 and at most 1")
+    return value
+
+
+def pointer(item: Item) -> str:
+    """A JSON pointer (RFC 6901) below `/input` or `/result`."""
+    text = item.text()
+    if not _POINTER.fullmatch(text):
+        raise Wrong(
+            f"`{text[:60]}` is not a JSON pointer below /input or /result, such as /input/headers/authorization"
+        )
+    return text
+
+
+def entrypoint(item: Item) -> str:
+    """The path of a rule below `data`, with slashes."""
+    text = item.text()
+    if not _ENTRYPOINT.fullmatch(text):
+        raise Wrong(f"`{text[:60]}` is not the path of a rule, such as envoy/authz/allow")
+    return text
+
+
+def label_pairs(item: Item) -> Mapping[str, str]:
+    return named(item, plain_label, label, "a value for each name")
 
 
 def retries(item: Item) -> int:
@@ -121,9 +153,8 @@ def distinct(item: Item, decode: Callable[[Item], str]) -> tuple[str, ...]:
     return names
 
 
-def timeouts(item: Item) -> Timeouts:
-    section = item.section()
-    default = Timeouts()
+def timeouts(item: Item, default: Timeouts | None = None) -> Timeouts:
+    section, default = item.section(), default or Timeouts()
     timeouts = Timeouts(
         **{f.name: section.take(f.name, Item.seconds, getattr(default, f.name)) for f in fields(Timeouts)}
     )
@@ -131,8 +162,8 @@ def timeouts(item: Item) -> Timeouts:
     return timeouts
 
 
-def limits(item: Item) -> Limits:
-    section, default = item.section(), Limits()
+def limits(item: Item, default: Limits | None = None) -> Limits:
+    section, default = item.section(), default or Limits()
 
     def limit(name: str) -> int:
         least, most = LIMITS[name]

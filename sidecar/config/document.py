@@ -20,7 +20,7 @@ from typing import TypeVar, cast
 
 import yaml
 
-from sidecar.errors import OperatorFault
+from sidecar.config.problems import ConfigError, Problem
 
 T = TypeVar("T")
 
@@ -41,29 +41,6 @@ _INTEGER = re.compile(r"0|[1-9][0-9]{0,17}")
 _DECIMAL = re.compile(r"(0|[1-9][0-9]{0,8})(\.[0-9]{1,9})?")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Problem:
-    """One thing to mend. `line` counts from 1; None where the file has no line for it. `path` is "" for the whole."""
-
-    path: str
-    line: int | None
-    message: str
-
-    def __str__(self) -> str:
-        where = (
-            self.path if self.line is None else f"line {self.line}: {self.path}" if self.path else f"line {self.line}"
-        )
-        return f"{where}: {self.message}" if where else self.message
-
-
-class ConfigError(OperatorFault):
-    """The configuration cannot be used; `problems` are all that was found, in the order of their lines."""
-
-    def __init__(self, problems: Iterable[Problem]):
-        self.problems = tuple(sorted(problems, key=lambda problem: (problem.line or 0, problem.path, problem.message)))
-        super().__init__("\n".join(map(str, self.problems)))
-
-
 class Wrong(Exception):
     """An item cannot be what was asked for; the text says why, to the operator."""
 
@@ -78,7 +55,12 @@ class Document:
     def __init__(self, text: str):
         self.lines: dict[str, int] = {}
         self.problems: list[Problem] = []
-        self.root = Item(node=_compose(text), path="", document=self)
+        self._top = _compose(text)
+
+    @property
+    def root(self) -> Item:
+        """Made anew each time: were it kept, document and items would hold each other until the collector comes, which is seldom."""
+        return Item(node=self._top, path="", document=self)
 
     def note(self, path: str, message: str, *, line: int | None = None) -> None:
         """Add a problem; its line is that of the path, or of the nearest part of it that the file has."""
@@ -166,6 +148,15 @@ class Item:
         value = float(self.node.value)
         if not 0 < value <= 86_400:
             raise Wrong(f"must be more than 0 and at most 86400 seconds, not {_short(self.node.value)}")
+        return value
+
+    def age(self) -> float:
+        """A positive number of seconds, at most ten years."""
+        if self._kind not in {"int", "float"} or not _DECIMAL.fullmatch(self.node.value):
+            raise self._wrong("a number of seconds, such as 604800")
+        value = float(self.node.value)
+        if not 0 < value <= 315_360_000:
+            raise Wrong(f"must be more than 0 and at most 315360000 seconds, not {_short(self.node.value)}")
         return value
 
     def per_second(self) -> float:

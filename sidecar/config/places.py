@@ -87,6 +87,14 @@ def agent_url(text: str) -> Address:
     return target(str(Address(host=name, port=80 if port is None else port)))
 
 
+def https_url(text: str) -> tuple[Address, str, str]:
+    """The address, the authority as it is spelt, and the path with its query, of `https://host[:port]/path`."""
+    if not (found := re.fullmatch(r"https://([^/?#@\s]+)(/[!-~]*)?", text, re.IGNORECASE)) or "#" in text:
+        raise Wrong(f"`{text[:100]}` is not https://host:port/path, without user or fragment")
+    name, port = authority(found[1])
+    return target(str(Address(host=name, port=443 if port is None else port))), found[1].lower(), found[2] or "/"
+
+
 def prefix(text: str) -> str:
     """A path prefix in the spelling that a request's canonical path has."""
     if not text.startswith("/"):

@@ -7,8 +7,9 @@ directory of the configuration file; times are seconds.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal, TypeAlias
 
 from sidecar.model import Address, Mode
@@ -121,11 +122,80 @@ class PolicyKey:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Remote:
+    """An HTTPS endpoint, and how it proves itself: by one of `spiffe_ids` (mutual TLS with our own SVID), else by the web PKI."""
+
+    address: Address
+    authority: str
+    """As in the URL: host, and port where it was given."""
+    path: str
+    """With its leading slash, and the query where there is one."""
+    spiffe_ids: frozenset[str] = frozenset()
+    ca: Path | None = None
+    """PEM; None: what the system trusts. Only without `spiffe_ids`."""
+    token: Path | None = None
+    """A file with the bearer token to show; read anew for each request."""
+
+    @property
+    def url(self) -> str:
+        return f"https://{self.authority}{self.path}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shadow:
+    """A candidate that is asked beside the policy in force, and decides nothing."""
+
+    source: Path | None = None
+    """None: what the bundle server names as the candidate for us."""
+    sample: float = 1.0
+    """Share of decisions that are compared, more than 0 and at most 1."""
+    max_queue: int = 1024
+    """Questions that may wait; above it they are not compared, and counted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecisionCache:
+    """How much is kept of decisions that are proven pure, to be repeated."""
+
+    max_entries: int = 16_384
+    max_bytes: int = 16 << 20
+    """Reckoned; a decision with its key takes about 1 KiB."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    source: Path
+    source: Path | Remote
+    """A file, a directory of `*.tar.gz`, or a server."""
     keys: Mapping[str, PolicyKey]
     """By key id."""
     scope: str = "sidecar"
+    minimum_serial: int = 0
+    max_policy_age: float | None = None
+    """Seconds since the newest signed time that was seen; above it no decision is given."""
+    input: Literal["sidecar", "envoy"] = "sidecar"
+    decision: str = "envoy/authz/allow"
+    """Path below `data` that is asked with input `envoy`; our own entrypoints are fixed."""
+    shadow: Shadow | None = None
+    report: bool = False
+    """Tell the bundle server what runs here."""
+    cache: DecisionCache | None = DecisionCache()
+    """None: every question is asked."""
+    max_together: int = 16
+    """Questions that wait anyway and may go to OPA in one query; 1: each goes by itself."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecisionLog:
+    """Where decisions are kept, in OPA's event shape."""
+
+    file: Path | None = None
+    service: Remote | None = None
+    mask: tuple[str, ...] = ()
+    """JSON pointers below `/input` and `/result` of what is taken out before an event leaves the process."""
+    max_file_bytes: int = 64 << 20
+    """Then the file is renamed to `.1`, and the one before that is gone."""
+    max_buffer_bytes: int = 4 << 20
+    """Of what waits for the service; above it the oldest are dropped, and counted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,6 +270,8 @@ class Config:
 
     mtls_mode: Mode = "permissive"
     mtls_mode_source: ModeSource = "default"
+    workers: int = 1
+    """Processes that carry requests. 1: the one that was started carries them itself."""
     state_dir: Path = Path("state")
     identity: FilesIdentity | None = None
     """None only where every mode is disabled."""
@@ -209,6 +281,9 @@ class Config:
     policy: Policy | None = None
     """None exactly where OPA is external."""
     policy_input: PolicyInput = PolicyInput()
+    decision_log: DecisionLog | None = None
+    labels: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    """What the bundle server may choose a ring by."""
     health: Health | None = Health()
     timeouts: Timeouts = Timeouts()
     limits: Limits = Limits()

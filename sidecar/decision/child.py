@@ -16,7 +16,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import trio
@@ -64,6 +64,7 @@ class Child:
         self._configuration = configuration
         self._environment = {
             "GOMAXPROCS": str(max(1, min(workers, len(os.sched_getaffinity(0))))),
+            "GOGC": "200",  # half the collections: a tenth of OPA's time, for 6 MB
             "GOMEMLIMIT": str(max_memory_bytes),  # soft: it makes the collector work harder, and refuses nothing
         }
         if "LD_LIBRARY_PATH" in os.environ:  # some builds of Python need it to start
@@ -142,7 +143,7 @@ class Child:
         output, theirs = os.pipe()
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-ISc", _BECOME_OPA, str(os.getpid()), *command],
+                ending_with_us(command),
                 cwd=self._directory, env=self._environment, start_new_session=True,
                 stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs,
             )  # fmt: skip
@@ -192,6 +193,11 @@ class Child:
                 signal.pidfd_send_signal(self._pidfd, number)
             except ProcessLookupError:
                 pass  # it has ended already
+
+
+def ending_with_us(command: Sequence[str]) -> list[str]:
+    """A command that becomes this one, and is killed when the thread that starts it ends."""
+    return [sys.executable, "-ISc", _BECOME_OPA, str(os.getpid()), *command]
 
 
 def socket_in(directory: Path) -> Path:

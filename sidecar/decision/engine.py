@@ -1,14 +1,16 @@
 """OPA kept running: one process with one bundle answers, and this file sees to it that there is one.
 
-A process is started for a bundle and never given another. Whatever changes (the bundle's bytes, keys, a crash) means a
-new process, in a directory of its own: it is started, it verifies the signature, it is warmed up, and only then do
-questions go to it; the one before ends when its last question has been answered. What cannot do that is refused, and
-the one before stays. So an accepted policy is replaced by an accepted policy or by nothing, and never by an unsigned one.
+A process is started for a bundle and never given another. Whatever changes (the bundle, the keys, a crash) means a new
+process, in a directory of its own: it is started, it verifies the signature, it is warmed up, and only then do questions
+go to it; the one before ends when its last question has been answered. What cannot do that is refused, and the one before
+stays. So an accepted policy is replaced by an accepted policy or by nothing, and never by an unsigned one, and at no moment
+does a question meet half of one bundle and half of the next.
 
-A crash is answered with the bundle that was accepted, not with what lies at its source by now.
+Where bundles come from, and which of two is the one to run, is not known here: whoever knows calls `activate`. A crash is
+answered with the bundle that was accepted.
 
-    starting ──▶ ok ──exit, or no answer──▶ restarting ──▶ ok          starting ──▶ refused: `run` raises
-                  └──new bundle──▶ a second process ──▶ ok, or refused and told in `bundle_error`
+    starting ──activate──▶ ok ──exit, or no answer──▶ restarting ──▶ ok
+                            └──activate──▶ a second process ──▶ ok, or refused: `activate` raises, nothing changes
 """
 
 from __future__ import annotations
@@ -17,27 +19,27 @@ import itertools
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import trio
 
-from sidecar.decision import policy as disk
+from sidecar.decision import policy as told
 from sidecar.decision import private
 from sidecar.decision.child import Child
+from sidecar.decision.inquiry import OURS, Contract
 from sidecar.decision.opa import OnlyFrom, Opa
-from sidecar.decision.policy import Policy
+from sidecar.decision.sharing import MAX_TOGETHER, Sharing
 from sidecar.errors import NoDecision, OperatorFault
-from sidecar.model import Decision, Inquiry
+from sidecar.model import Decision, Inquiry, Lending, PolicyBundle
 from sidecar.wire.network import Network
 
-State = Literal["starting", "ok", "restarting", "refused", "stopped"]
+State = Literal["starting", "ok", "restarting", "stopped"]
 Log = Callable[..., None]
 """`log(event, level, **fields)`; level is "info", "warning" or "error"."""
 
 _READY_INTERVAL = 0.02
-_ABOUT_THE_BUNDLE = frozenset({"bundle_refused", "bundle_unreadable"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,8 +56,6 @@ class Timing:
     max_backoff: float = 5.0
     healthy_after: float = 30.0
     """Life after which the next crash is the first again."""
-    poll_interval: float = 1.0
-    """How often the source is looked at. A change is taken up once two looks in a row agree on it."""
 
 
 DEFAULT_TIMING = Timing()
@@ -67,25 +67,37 @@ class _Running:
 
     child: Child
     opa: Opa
-    policy: Policy
-    source: Path
-    """The file that the bundle was read from."""
-    bundle: Path
-    """Our copy of it."""
-    revision: str
+    asked: Opa | Sharing
+    """Where questions go: `opa`, or what puts together those that wait for it."""
+    bundle: PolicyBundle
+    directory: Path
     since: float
+    settled: trio.Event
+    """Set once nobody asks the one before any more."""
+
+
+class Borrowers(Protocol):
+    """Others who ask the OPA that is lent to them (`Engine.lending`)."""
+
+    def offered(self, on_its_way: bool, /) -> None:
+        """Another bundle is on its way in, or is not any more. Until then nothing may be repeated that was decided before."""
+        ...
+
+    async def changed_over(self) -> None:
+        """Another OPA decides now. Returns when none of them asks the one before any more."""
+        ...
 
 
 class Engine:
     """`model.DecisionPoint` over an OPA of our own. `run` has to be running, in the thread that started trio.
 
     `runtime_dir` is where the private directory is made (see `private.place`), `binary` an OPA. `workers` bounds the
-    processors that OPA uses.
+    processors that OPA uses, `words` is the contract with policy, `max_together` how many questions may be put into one query
+    (1: never more than one). Until a bundle is activated every question is answered by `NoDecision` (`policy_not_ready`).
     """
 
     def __init__(
         self,
-        policy: Policy,
         network: Network,
         *,
         runtime_dir: Path,
@@ -95,13 +107,11 @@ class Engine:
         max_connections: int = 64,
         workers: int = 1,
         timing: Timing = DEFAULT_TIMING,
+        words: Contract = OURS,
+        max_together: int = MAX_TOGETHER,
     ) -> None:
         self.state: State = "starting"
         self.restarts = 0
-        self.bundle_revision: str | None = None
-        self.bundle_error: str | None = None
-        """Why what lies at the source now is not what runs."""
-        self._policy = policy
         self._network = OnlyFrom(network, frozenset({os.getuid()}))
         self._runtime_dir = runtime_dir
         self._binary = binary
@@ -111,54 +121,77 @@ class Engine:
         self._max_connections = max_connections
         self._workers = workers
         self._timing = timing
+        self._words = words
+        self._max_together = max_together
         self._backoff = timing.first_backoff
         self._numbers = itertools.count(1)
         self._running: _Running | None = None
-        self._opa: Opa | None = None
-        self._seen: disk.Fingerprint = ()
+        self._asked: Opa | Sharing | None = None
         self._changing = trio.Lock()
+        self.borrowers: Borrowers | None = None
+        self._offered = 0
+        """Bundles handed to `activate` that it has not done with."""
         self._scope = trio.CancelScope()
         self._ended: trio.Event | None = None
         self._nursery: trio.Nursery
         self._directory: Path
 
+    @property
+    def bundle(self) -> PolicyBundle | None:
+        """What was accepted last, whether or not its OPA is there at this moment."""
+        return self._running.bundle if self._running is not None else None
+
+    @property
+    def bundle_revision(self) -> str | None:
+        return self._running.bundle.revision if self._running is not None else None
+
+    @property
+    def in_force(self) -> PolicyBundle | None:
+        """The bundle that decides whatever is asked now; None while another one is offered, where there is none, and at the end."""
+        running = self._running
+        return None if self._offered or running is None or self.state == "stopped" else running.bundle
+
+    @property
+    def lending(self) -> Lending | None:
+        """What decides now, for others to ask; None before there was anything. An OPA that has ended is asked in vain."""
+        running = self._running
+        if running is None:
+            return None
+        bundle = replace(running.bundle, archive=b"", keys={})
+        return Lending(socket=running.child.socket, uids=frozenset({os.getuid()}), bundle=bundle)
+
+    @property
+    def sharing(self) -> Sharing | None:
+        """Who puts questions together now; None where nobody does."""
+        return self._asked if isinstance(self._asked, Sharing) else None
+
     async def decide(self, inquiry: Inquiry) -> Decision:
-        opa = self._opa
-        if opa is None:
+        asked = self._asked
+        if asked is None:
             if self._running is None:
                 raise NoDecision("no policy has been accepted yet", code="policy_not_ready")
             raise NoDecision("OPA has ended and is not back yet", code="decision_unreachable")
-        return await opa.decide(inquiry, self.decision_timeout)
+        return await asked.decide(inquiry, self.decision_timeout)
 
     # ── life ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Start OPA, report when it has accepted the policy, and keep it running until `stop` or cancellation.
+        """Be ready for `activate`, and keep the OPA that it starts running, until `stop` or cancellation.
 
-        Raises `OperatorFault` where there is nothing to begin with: `bundle_refused`, `bundle_unreadable`,
-        `opa_failed`, `opa_not_started`, `runtime_dir_unusable`, `runtime_dir_too_long`.
+        Raises `OperatorFault`: `runtime_dir_unusable`, `runtime_dir_too_long`.
         """
-        fault: OperatorFault | None = None
         self._ended = trio.Event()
         try:
             with self._scope, private.directory(self._runtime_dir) as self._directory:
                 async with trio.open_nursery() as self._nursery:
-                    try:
-                        await self._begin()
-                    except OperatorFault as error:
-                        fault = error  # raised below: a nursery would wrap it into a group
-                    else:
-                        task_status.started()
-                        await self._watch_source()
-                    self._nursery.cancel_scope.cancel()
+                    task_status.started()
+                    await trio.sleep_forever()
         finally:
-            self._opa = None
+            self._asked = None
             if self._running is not None:
-                self._running.opa.close()
-                self.state = "stopped"
+                self._running.asked.close()
+            self.state = "stopped"
             self._ended.set()
-        if fault is not None:
-            raise fault
 
     async def stop(self) -> None:
         """End OPA, and `run` with it: SIGTERM, 2 s, SIGKILL. Whoever wants the last decisions answered waits first."""
@@ -166,94 +199,50 @@ class Engine:
         if self._ended is not None:
             await self._ended.wait()
 
-    async def reload(self, policy: Policy | None = None) -> None:
-        """Take up `policy`, or look again at the present one's source; return once decisions come from it.
+    async def activate(self, bundle: PolicyBundle) -> None:
+        """Start an OPA on `bundle`; return once decisions come from it.
 
-        Where nothing has changed, nothing happens. Raises `OperatorFault` where it is refused: the old one stays.
+        Where content and keys are those that run, nothing happens. Raises `OperatorFault` where it is refused, and then
+        nothing has changed: `bundle_refused`, `opa_failed`, `opa_not_started`, `opa_stopped`, `runtime_dir_unusable`.
         """
-        async with self._changing:
-            if self._running is None or self._scope.cancel_called:
-                raise OperatorFault("OPA is not running", code="opa_stopped")
-            wanted = policy or self._policy
-            seen = disk.fingerprint(wanted.source)
-            if wanted.source == self._policy.source:
-                self._seen = seen  # the watch need not find out again
-            try:
-                fresh = None if await self._is_running(wanted) else await self._load(wanted)
-            except OperatorFault as fault:
-                self.bundle_error = str(fault)
-                self._log("bundle.refused", "error", source=str(wanted.source), code=fault.code, reason=str(fault))
-                raise
-            self._policy, self._seen, self.bundle_error = wanted, seen, None
-            if fresh is not None:
-                self._take_over(fresh)
+        self._offer(1)
+        try:
+            async with self._changing:
+                if self._ended is None or self._scope.cancel_called:
+                    raise OperatorFault("OPA is not running", code="opa_stopped")
+                running = self._running
+                if running is None or running.bundle != bundle:
+                    fresh = await self._launch(bundle)
+                    self._take_over(fresh)
+                    await fresh.settled.wait()
+        finally:
+            self._offer(-1)
 
-    async def _begin(self) -> None:
-        async with self._changing:
-            self._seen = disk.fingerprint(self._policy.source)
-            try:
-                self._take_over(await self._load(self._policy))
-            except OperatorFault as fault:
-                self.state, self.bundle_error = "refused", str(fault)
-                raise
-
-    async def _watch_source(self) -> None:
-        before = self._seen
-        while True:
-            await trio.sleep(self._timing.poll_interval)
-            now = disk.fingerprint(self._policy.source)
-            if now == before and now != self._seen:
-                self._seen = now
-                try:
-                    await self.reload()
-                except OperatorFault:
-                    pass  # told, and kept in `bundle_error`
-            before = now
+    def _offer(self, change: int) -> None:
+        was, self._offered = bool(self._offered), self._offered + change
+        if self.borrowers is not None and was != bool(self._offered):
+            self.borrowers.offered(not was)
 
     # ── one process ───────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _is_running(self, wanted: Policy) -> bool:
-        running = self._running
-        if running is None or running.policy != wanted:
-            return False
-
-        def same() -> bool:
-            first = disk.candidates(wanted)[0]
-            return disk.read(first, wanted.max_bundle_bytes) == disk.read(running.bundle, wanted.max_bundle_bytes)
-
-        return await trio.to_thread.run_sync(same)
-
-    async def _load(self, policy: Policy) -> _Running:
-        """Start an OPA with the first bundle of the policy that it accepts."""
-        paths = await trio.to_thread.run_sync(disk.candidates, policy)
-        refused = []
-        for path in paths:
-            try:
-                return await self._launch(policy, path, path)
-            except OperatorFault as fault:
-                if fault.code not in _ABOUT_THE_BUNDLE or len(paths) == 1:
-                    raise
-                refused.append(f"{path.name}: {fault}")
-                self._log("bundle.skipped", "warning", source=str(path), reason=str(fault))
-        raise OperatorFault("; ".join(refused), code="bundle_refused")
-
-    async def _launch(self, policy: Policy, source: Path, bundle: Path) -> _Running:
+    async def _launch(self, bundle: PolicyBundle) -> _Running:
         directory = self._directory / str(next(self._numbers))
-        copy = directory / "bundle.tar.gz"
+        archive = directory / "bundle.tar.gz"
         child: Child | None = None
         opa: Opa | None = None
         try:
             directory.mkdir(mode=0o700)
-            data = await trio.to_thread.run_sync(disk.read, bundle, policy.max_bundle_bytes)
-            await trio.to_thread.run_sync(copy.write_bytes, data)
-            del data
-            child = Child(self._binary, directory, disk.configuration(policy, copy), workers=self._workers)
+            await trio.to_thread.run_sync(archive.write_bytes, bundle.archive)
+            child = Child(self._binary, directory, told.configuration(bundle, archive), workers=self._workers)
             opa = Opa(
-                self._network, child.socket, bundle=disk.NAME, decision_timeout=self.decision_timeout,
-                max_connections=self._max_connections,
+                self._network, child.socket, bundle=told.NAME, decision_timeout=self.decision_timeout,
+                max_connections=self._max_connections, words=self._words,
             )  # fmt: skip
             await self._nursery.start(child.run)
-            revision = await self._accepted(child, opa)
+            asked = self._shared(opa, bundle)
+            revision = await self._accepted(child, asked)
+            if revision != bundle.revision:
+                raise OperatorFault(f"OPA runs {revision!r}, and was handed {bundle.revision!r}", code="bundle_refused")
         except BaseException as error:
             if child is not None:
                 child.cancel()
@@ -263,14 +252,26 @@ class Engine:
             if isinstance(error, OSError):  # no room, no descriptors: it may be better later
                 raise OperatorFault(f"{directory}: {error.strerror}", code="runtime_dir_unusable") from error
             raise
-        self._log("opa.started", "info", pid=child.pid, revision=revision, source=str(source))
+        self._log("opa.started", "info", pid=child.pid, revision=bundle.revision)
         return _Running(
-            child=child, opa=opa, policy=policy, source=source, bundle=copy, revision=revision,
+            child=child,
+            opa=opa,
+            asked=asked,
+            bundle=bundle,
+            directory=directory,
             since=trio.current_time(),
-        )  # fmt: skip
+            settled=trio.Event(),
+        )
 
-    async def _accepted(self, child: Child, opa: Opa) -> str:
+    def _shared(self, opa: Opa, bundle: PolicyBundle) -> Opa | Sharing:
+        """What is asked in other words than ours has no rule for several questions."""
+        if self._words is not OURS or self._max_together < 2 or not bundle.batch:
+            return opa
+        return Sharing(opa, self._nursery, bundle.batch, max_together=self._max_together)
+
+    async def _accepted(self, child: Child, asked: Opa | Sharing) -> str:
         """Wait until OPA has verified and compiled its bundle; return the revision, or raise with OPA's reason."""
+        opa = asked.opa if isinstance(asked, Sharing) else asked
         with trio.move_on_after(self._timing.start_timeout):
             while not child.exited.is_set():
                 try:
@@ -283,7 +284,7 @@ class Engine:
                         await self._complain(opa)
                     await trio.sleep(_READY_INTERVAL)  # it does not listen yet, or is still reading
                 else:
-                    await opa.warm_up()
+                    await asked.warm_up()
                     return revision
             raise OperatorFault(f"OPA {child.fate}", code="opa_failed")
         raise OperatorFault(f"OPA was not ready within {self._timing.start_timeout:g} s", code="opa_failed")
@@ -299,19 +300,28 @@ class Engine:
 
     def _take_over(self, fresh: _Running) -> None:
         before, self._running = self._running, fresh
-        self._opa = fresh.opa
+        self._asked = fresh.asked
         self.state = "ok"
-        if before is None or before.revision != fresh.revision or before.source != fresh.source:
-            self._log("bundle.activated", "info", revision=fresh.revision, source=str(fresh.source))
-        self.bundle_revision = fresh.revision
+        if before is None or before.bundle is not fresh.bundle:
+            self._log("bundle.activated", "info", revision=fresh.bundle.revision, serial=fresh.bundle.serial)
         self._nursery.start_soon(self._guard, fresh)
+        if self.borrowers is not None:
+            self._nursery.start_soon(self._settle, fresh, before, self.borrowers)
+            return
+        fresh.settled.set()
         if before is not None:
             self._nursery.start_soon(self._retire, before)
 
+    async def _settle(self, fresh: _Running, before: _Running | None, borrowers: Borrowers) -> None:
+        await borrowers.changed_over()
+        fresh.settled.set()
+        if before is not None:
+            await self._retire(before)
+
     async def _retire(self, before: _Running) -> None:
-        await before.opa.aclose()
+        await before.asked.aclose()
         await before.child.stop()
-        shutil.rmtree(before.bundle.parent, ignore_errors=True)
+        shutil.rmtree(before.directory, ignore_errors=True)
 
     # ── supervision ───────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -319,7 +329,7 @@ class Engine:
         await self._until_ended(running)
         if self._running is not running:
             return  # it was retired
-        self._opa = None
+        self._asked = None
         self.state = "restarting"
         self.restarts += 1
         self._log("opa.ended", "error", pid=running.child.pid, reason=running.child.fate, restarts=self.restarts)
@@ -329,12 +339,12 @@ class Engine:
             delay, self._backoff = self._backoff, min(2 * self._backoff, self._timing.max_backoff)
             await trio.sleep(delay)
             async with self._changing:
-                if self._running is running:  # else a reload was faster
+                if self._running is running:  # else another bundle was faster
                     await self._restart(running)
 
     async def _restart(self, running: _Running) -> None:
         try:
-            self._take_over(await self._launch(running.policy, running.source, running.bundle))
+            self._take_over(await self._launch(running.bundle))
         except OperatorFault as fault:
             self._log("opa.restart_failed", "error", code=fault.code, reason=str(fault))
 

@@ -13,7 +13,7 @@ import trio
 from sidecar.decision.engine import DEFAULT_TIMING, Log, Timing
 from sidecar.decision.opa import OnlyFrom, Opa
 from sidecar.errors import NoDecision
-from sidecar.model import Decision, Inquiry
+from sidecar.model import Decision, Inquiry, Lending
 from sidecar.wire.network import Network
 
 
@@ -25,6 +25,10 @@ class External:
 
     restarts = 0
     bundle_error: str | None = None
+    cache_use: None = None
+    """Nothing is repeated: which bundles it runs, and whether they are proven pure, is not ours to know."""
+    bundle_state = "ok"
+    """Not ours to know."""
 
     def __init__(
         self,
@@ -41,7 +45,7 @@ class External:
         self.bundle_revision: str | None = None
         """Of the decision made last; None before there was one."""
         uids = {os.getuid(), 0} if peer_uid is None else {peer_uid}
-        self._socket = socket
+        self._socket, self._uids = socket, frozenset(uids)
         self._opa = Opa(
             OnlyFrom(network, frozenset(uids)), socket, bundle=None, decision_timeout=decision_timeout,
             max_connections=max_connections,
@@ -51,6 +55,11 @@ class External:
         self._log = log
         self._timing = timing
         self._scope = trio.CancelScope()
+
+    @property
+    def lending(self) -> Lending:
+        """For others to ask."""
+        return Lending(socket=self._socket, uids=self._uids, bundle=None)
 
     async def decide(self, inquiry: Inquiry) -> Decision:
         decision = await self._opa.decide(inquiry, self.decision_timeout)

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal, cast
 
 from sidecar.errors import NoDecision
@@ -49,8 +50,8 @@ def question(inquiry: Inquiry) -> bytes:
 
     Raises `NoDecision` (`decision_unaskable`) for what JSON cannot carry unchanged.
     """
-    document = {
-        "input": {
+    return encoded(
+        {
             "direction": inquiry.direction,
             "caller": inquiry.caller,
             "caller_reason": inquiry.caller_reason,
@@ -68,9 +69,16 @@ def question(inquiry: Inquiry) -> bytes:
             "claims": inquiry.claims,
             "credential": inquiry.credential,
         }
-    }
+    )
+
+
+_BEFORE_INPUT = len(b'{"input":')
+
+
+def encoded(document: Mapping[str, object]) -> bytes:
+    """Return the body of a query about this input. Raises `NoDecision` (`decision_unaskable`)."""
     try:
-        return _encode(document).encode()
+        return _encode({"input": document}).encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise NoDecision(f"the question cannot be written: {type(error).__name__}", code="decision_unaskable") from None
 
@@ -86,8 +94,12 @@ def sample(direction: Direction) -> Inquiry:
 # ── the answer ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def answer(raw: bytes, *, decision_id: str, bundle: str | None) -> Decision:
-    """Read the body of OPA's 200.
+Read = Callable[[Mapping[str, object], str, str], Decision]
+"""`read(result, decision_id, revision)`: the decision that an object says. Raises `NoDecision`."""
+
+
+def answer(raw: bytes, *, decision_id: str, bundle: str | None, read: Read | None = None) -> Decision:
+    """Read the body of OPA's 200. `read` is for results that are objects, in the words of another contract.
 
     `bundle` is the bundle that must have made this decision, and whose revision it carries; None is for an OPA whose
     bundles are not ours, and takes the revision of its only bundle, or "".
@@ -96,16 +108,41 @@ def answer(raw: bytes, *, decision_id: str, bundle: str | None) -> Decision:
     missing, `decision_malformed` for everything else that is not an answer.
     """
     document = _document(raw)
-    try:
-        result = document["result"]
-    except KeyError:
-        raise NoDecision("OPA's answer has no result", code="decision_undefined") from None
+    result = _result(document)
+    return _decision(result, decision_id, _revision(document, bundle), read or _read)
+
+
+def together(bodies: Sequence[bytes]) -> bytes:
+    """Return the body of one query about several questions, of what `question` says to each: `{"input": {"questions": [...]}}`."""
+    return b'{"input":{"questions":[%b]}}' % b",".join([body[_BEFORE_INPUT:-1] for body in bodies])
+
+
+def answers(
+    raw: bytes, count: int, *, new_id: Callable[[], str], bundle: str | None, read: Read | None = None
+) -> list[Decision | NoDecision]:
+    """Read the answer to `together`: for each question what `answer` would return or raise if it had been asked alone.
+
+    Policy answers with an object, under the place of each question that is decided. Raises `NoDecision` as `answer` does
+    where it is none, or names a question that was not asked.
+    """
+    document = _document(raw)
+    results = mapping(_result(document), "the result")
     stamp = _revision(document, bundle)
-    if type(result) is bool:
-        if result:
-            return Allow(decision_id=decision_id, revision=stamp)
-        return Deny(decision_id=decision_id, revision=stamp)
-    return _read(_object(result, "the result"), decision_id, stamp)
+    said: list[Decision | NoDecision] = []
+    found = 0
+    for place in range(count):
+        key = str(place)
+        if key not in results:
+            said.append(_undefined())
+            continue
+        found += 1
+        try:
+            said.append(_decision(results[key], new_id(), stamp, read or _read))
+        except NoDecision as error:
+            said.append(error)
+    if found != len(results):
+        raise malformed("the result answers a question that was not asked")
+    return said
 
 
 def revision(raw: bytes, bundle: str | None) -> str:
@@ -115,8 +152,8 @@ def revision(raw: bytes, bundle: str | None) -> str:
 
 def complaint(raw: bytes, bundle: str | None) -> str | None:
     """Read from OPA's status report why it does not take `bundle`, in its own words; None where it does not say."""
-    bundles = _object(_object(_document(raw).get("result"), "the status").get("bundles") or {}, "bundles")
-    state = _object(bundles.get(bundle or "", {}), "the bundle's status")
+    bundles = mapping(mapping(_document(raw).get("result"), "the status").get("bundles") or {}, "bundles")
+    state = mapping(bundles.get(bundle or "", {}), "the bundle's status")
     if "code" not in state:
         return None
     errors = state.get("errors")
@@ -124,15 +161,34 @@ def complaint(raw: bytes, bundle: str | None) -> str | None:
     return "; ".join(str(one) for one in (state.get("message"), *causes) if one) or str(state["code"])
 
 
+def _result(document: Mapping[str, object]) -> object:
+    try:
+        return document["result"]
+    except KeyError:
+        raise _undefined() from None
+
+
+def _undefined() -> NoDecision:
+    return NoDecision("OPA's answer has no result", code="decision_undefined")
+
+
+def _decision(result: object, decision_id: str, stamp: str, read: Read) -> Decision:
+    if type(result) is bool:
+        if result:
+            return Allow(decision_id=decision_id, revision=stamp)
+        return Deny(decision_id=decision_id, revision=stamp)
+    return read(mapping(result, "the result"), decision_id, stamp)
+
+
 def _revision(document: Mapping[str, object], bundle: str | None) -> str:
-    provenance = _object(document.get("provenance", {}), "provenance")
-    bundles = _object(provenance.get("bundles", {}), "provenance.bundles")
+    provenance = mapping(document.get("provenance", {}), "provenance")
+    bundles = mapping(provenance.get("bundles", {}), "provenance.bundles")
     if bundle is None:
         if len(bundles) != 1:
             return ""
         [only] = bundles.values()
-        return _text(_object(only, "provenance.bundles").get("revision", ""), "the revision")
-    stamp = _text(_object(bundles.get(bundle, {}), "provenance.bundles").get("revision", ""), "the revision")
+        return text(mapping(only, "provenance.bundles").get("revision", ""), "the revision")
+    stamp = text(mapping(bundles.get(bundle, {}), "provenance.bundles").get("revision", ""), "the revision")
     if not stamp:
         raise NoDecision("OPA does not say which revision of the bundle decided", code="decision_unproven")
     return stamp
@@ -140,25 +196,25 @@ def _revision(document: Mapping[str, object], bundle: str | None) -> str:
 
 def _read(result: Mapping[str, object], decision_id: str, stamp: str) -> Decision:
     if not _KEYS.issuperset(result):
-        raise _malformed("the result has a key that is not known")
+        raise malformed("the result has a key that is not known")
     allow = result.get("allow")
     if type(allow) is not bool:
-        raise _malformed("allow is not a boolean")
+        raise malformed("allow is not a boolean")
     # All of it is read either way: half an answer in order is none.
-    reason = _text(result["reason"], "reason") if "reason" in result else None
-    rule = _text(result["rule"], "rule") if "rule" in result else None
+    reason = text(result["reason"], "reason") if "reason" in result else None
+    rule = text(result["rule"], "rule") if "rule" in result else None
     status = result.get("status", 403)
     if type(status) is not int or status not in _STATUSES:
-        raise _malformed("status is none of 401, 403, 404, 429")
-    request_headers = _headers(result["request_headers"]) if "request_headers" in result else NOTHING
-    response_headers = _headers(result["response_headers"]) if "response_headers" in result else NOTHING
+        raise malformed("status is none of 401, 403, 404, 429")
+    request_headers = settable(result["request_headers"]) if "request_headers" in result else NOTHING
+    response_headers = settable(result["response_headers"]) if "response_headers" in result else NOTHING
     credential = result.get("credential")
     if credential is not None:
-        credential = _text(credential, "credential")
+        credential = text(credential, "credential")
     cache_ttl = _seconds(result["cache_ttl"], "cache_ttl") if "cache_ttl" in result else None
     lease = _seconds(result["lease"], "lease") if "lease" in result else None
     if lease == 0:
-        raise _malformed("lease is zero: an allowance that has ended already is none")
+        raise malformed("lease is zero: an allowance that has ended already is none")
     if allow:
         return Allow(
             decision_id=decision_id, revision=stamp, reason=reason, rule=rule, request_headers=request_headers,
@@ -166,8 +222,25 @@ def _read(result: Mapping[str, object], decision_id: str, stamp: str) -> Decisio
         )  # fmt: skip
     return Deny(
         decision_id=decision_id, revision=stamp, status=cast("Literal[401, 403, 404, 429]", status), reason=reason,
-        rule=rule, response_headers=response_headers,
+        rule=rule, response_headers=response_headers, cache_ttl=cache_ttl,
     )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contract:
+    """In which words OPA is asked and answers."""
+
+    path: Callable[[Direction], str]
+    """Of the rule that decides, below `data`, with slashes."""
+    question: Callable[[Inquiry], bytes]
+    """The body of the query. Raises `NoDecision` (`decision_unaskable`)."""
+    read: Read
+    strict: bool = False
+    """Whether a builtin that fails is an error, and so no decision. Where it is not, the rule that called it says nothing: a
+    deny that fails over what a caller sent would refuse nobody."""
+
+
+OURS = Contract(path=lambda direction: f"sidecar/{direction}/decision", question=question, read=_read, strict=True)
 
 
 # ── parts ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -192,52 +265,52 @@ def _document(raw: bytes) -> dict[str, object]:
         document = _decode(raw.decode())
     except (ValueError, RecursionError) as error:
         # `from None`: the error of a JSON decoder holds the whole text.
-        raise _malformed(f"OPA's answer is not JSON: {type(error).__name__}") from None
-    return _object(document, "OPA's answer")
+        raise malformed(f"OPA's answer is not JSON: {type(error).__name__}") from None
+    return mapping(document, "OPA's answer")
 
 
-def _object(value: object, name: str) -> dict[str, object]:
+def mapping(value: object, name: str) -> dict[str, object]:
     if type(value) is not dict:
-        raise _malformed(f"{name} is not an object")
+        raise malformed(f"{name} is not an object")
     return value
 
 
-def _text(value: object, name: str) -> str:
+def text(value: object, name: str) -> str:
     if type(value) is not str:
-        raise _malformed(f"{name} is not a string")
+        raise malformed(f"{name} is not a string")
     if not value.isascii():
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise _malformed(f"{name} holds half a character") from None
+            raise malformed(f"{name} holds half a character") from None
     return value
 
 
 def _seconds(value: object, name: str) -> float:
     if type(value) is not int and type(value) is not float:
-        raise _malformed(f"{name} is not a number")
+        raise malformed(f"{name} is not a number")
     try:
         seconds = float(value)
     except OverflowError:
         seconds = math.inf
     if not 0 <= seconds < math.inf:
-        raise _malformed(f"{name} is negative or not finite")
+        raise malformed(f"{name} is negative or not finite")
     return seconds
 
 
-def _headers(value: object) -> Mapping[str, str]:
-    given = _object(value, "a set of headers")
+def settable(value: object) -> Mapping[str, str]:
+    given = mapping(value, "a set of headers")
     for name, content in given.items():
         if type(content) is not str:
-            raise _malformed("the value of a header is not a string")
+            raise malformed("the value of a header is not a string")
         try:
             headers.policy_may_set(name, content)
         except ValueError as error:
-            raise _malformed(str(error)) from None
+            raise malformed(str(error)) from None
     if len({headers.fold(name.encode()) for name in given}) != len(given):
-        raise _malformed("a header is spelt in two ways")
+        raise malformed("a header is spelt in two ways")
     return cast("dict[str, str]", given)
 
 
-def _malformed(detail: str) -> NoDecision:
+def malformed(detail: str) -> NoDecision:
     return NoDecision(detail, code="decision_malformed")

@@ -6,27 +6,20 @@ bundles, because it cannot scope a root to a trust domain: for it, an authority 
 resumed (a resumed one skips verification), the leaf is a valid X509-SVID, and the anchor that OpenSSL ended at stands
 in the bundle of the leaf's own trust domain.
 
-This file refuses to know sockets, clocks and files; our own SVID is held to the same leaf rules by `pem_files`.
+This file refuses to know sockets, clocks and files; our own SVID is held to the same leaf rules by `svid`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import TypeVar
-
-from cryptography import x509
-from cryptography.x509.oid import ExtendedKeyUsageOID, ObjectIdentifier
+from collections.abc import Mapping, Sequence
 
 from sidecar.errors import PeerRejected
-from sidecar.identity import spiffe
+from sidecar.identity import certificate, spiffe
+from sidecar.identity.certificate import CLIENT_AUTH, CRL_SIGN, DIGITAL_SIGNATURE, KEY_CERT_SIGN, SERVER_AUTH
 from sidecar.model import HandshakeFacts, SpiffeId, Workload
 
-BOTH_PURPOSES = frozenset({ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH})
-_PEER_PURPOSE = {
-    "server": frozenset({ExtendedKeyUsageOID.CLIENT_AUTH}),
-    "client": frozenset({ExtendedKeyUsageOID.SERVER_AUTH}),
-}
-_Kind = TypeVar("_Kind", bound=x509.ExtensionType)
+BOTH_PURPOSES = frozenset({SERVER_AUTH, CLIENT_AUTH})
+_PEER_PURPOSE = {"server": frozenset({CLIENT_AUTH}), "client": frozenset({SERVER_AUTH})}
 _MAX_SHOWN = 256
 """Characters of a presented name that a detail repeats: the peer chose it, and may have chosen it long."""
 
@@ -54,41 +47,29 @@ def judge(
     return workload
 
 
-def leaf(der: bytes, purposes: Collection[ObjectIdentifier]) -> Workload:
+def leaf(der: bytes, purposes: frozenset[bytes]) -> Workload:
     """Return the workload that a leaf certificate names, if it has the shape of an X509-SVID (X509-SVID §§2-5).
 
     `purposes` are the extended key usages that it must allow, where it limits them at all. Signature and dates are
     not looked at. Raises `PeerRejected`: `svid_malformed`, `svid_ext_malformed`, `svid_missing_uri`, `svid_many_uris`,
     `svid_not_spiffe`, `svid_id_malformed`, `svid_is_ca`, `svid_key_usage` or `svid_ext_key_usage`.
     """
-    # The parser raises ValueError for most of what is malformed, and errors of other families for the rest (a
-    # duplicate extension, an unknown kind of name). All of them are about bytes that the peer chose.
     try:
-        certificate = x509.load_der_x509_certificate(der)
-        not_after = certificate.not_valid_after_utc.timestamp()
-    except Exception as error:
-        raise PeerRejected(f"not a certificate: {_shown(error)}", code="svid_malformed") from error
-    try:
-        extensions = certificate.extensions
-    except Exception as error:
-        raise PeerRejected(f"its extensions cannot be read: {_shown(error)}", code="svid_ext_malformed") from error
-    workload_id = _id(value(extensions, x509.SubjectAlternativeName))
-    _check_not_authority(workload_id, value(extensions, x509.BasicConstraints))
-    _check_key_usage(workload_id, value(extensions, x509.KeyUsage))
-    _check_purposes(workload_id, value(extensions, x509.ExtendedKeyUsage), purposes)
-    return Workload(id=workload_id, not_after=not_after)
+        found = certificate.read(der)
+    except certificate.Malformed as error:
+        raise PeerRejected(f"not a certificate: {error}", code="svid_malformed") from error
+    except certificate.ExtensionMalformed as error:
+        raise PeerRejected(f"its extensions cannot be read: {error}", code="svid_ext_malformed") from error
+    workload_id = _id(found.uris)
+    if found.is_authority:
+        raise PeerRejected(f"{workload_id}: it is an authority's certificate, not a workload's", code="svid_is_ca")
+    _check_key_usage(workload_id, found.usage)
+    if found.purposes is not None and not purposes <= found.purposes:
+        raise PeerRejected(f"{workload_id}: its extended key usage is for something else", code="svid_ext_key_usage")
+    return Workload(id=workload_id, not_after=found.not_after)
 
 
-def value(extensions: x509.Extensions, kind: type[_Kind]) -> _Kind | None:
-    """The extension of this kind, None where the certificate has none."""
-    try:
-        return extensions.get_extension_for_class(kind).value
-    except x509.ExtensionNotFound:
-        return None
-
-
-def _id(names: x509.SubjectAlternativeName | None) -> SpiffeId:
-    uris = names.get_values_for_type(x509.UniformResourceIdentifier) if names is not None else []
+def _id(uris: Sequence[str]) -> SpiffeId:
     if not uris:
         raise PeerRejected("it holds no URI name, and so no SPIFFE ID", code="svid_missing_uri")
     if len(uris) > 1:
@@ -102,25 +83,13 @@ def _id(names: x509.SubjectAlternativeName | None) -> SpiffeId:
         raise PeerRejected(f"{_shown(uri)}: {error}", code="svid_id_malformed") from error
 
 
-def _check_not_authority(workload_id: SpiffeId, constraints: x509.BasicConstraints | None) -> None:
-    if constraints is not None and constraints.ca:
-        raise PeerRejected(f"{workload_id}: it is an authority's certificate, not a workload's", code="svid_is_ca")
-
-
-def _check_key_usage(workload_id: SpiffeId, usage: x509.KeyUsage | None) -> None:
+def _check_key_usage(workload_id: SpiffeId, usage: int | None) -> None:
     if usage is None:
         raise PeerRejected(f"{workload_id}: its key usage is missing", code="svid_key_usage")
-    if not usage.digital_signature:
+    if not usage & DIGITAL_SIGNATURE:
         raise PeerRejected(f"{workload_id}: its key usage does not allow digital signatures", code="svid_key_usage")
-    if usage.key_cert_sign or usage.crl_sign:
+    if usage & (KEY_CERT_SIGN | CRL_SIGN):
         raise PeerRejected(f"{workload_id}: its key usage lets it sign certificates or CRLs", code="svid_key_usage")
-
-
-def _check_purposes(
-    workload_id: SpiffeId, extended: x509.ExtendedKeyUsage | None, purposes: Collection[ObjectIdentifier]
-) -> None:
-    if extended is not None and not set(purposes).issubset(extended):
-        raise PeerRejected(f"{workload_id}: its extended key usage is for something else", code="svid_ext_key_usage")
 
 
 def _shown(presented: object) -> str:

@@ -7,18 +7,27 @@ answer. No body of a request is read.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from sidecar.model import Aborted, Connection, Fields, Reply, Request, Response, ResponseHead, Status
 from sidecar.wire.answers import Whole
 
 _TEXT = b"text/plain; charset=utf-8"
+_METRICS = "/metrics"
 
 
 class Health:
     """Answers the health port. `metrics` returns content type and body of `/metrics`."""
 
-    def __init__(self, *, status: Callable[[], Status], metrics: Callable[[], tuple[bytes, bytes]]) -> None:
+    def __init__(
+        self,
+        *,
+        status: Callable[[], Status],
+        metrics: Callable[[], tuple[bytes, bytes]],
+        refresh: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        """`refresh` is awaited before `metrics`: what others have counted is asked of them, within a bounded time."""
+        self._refresh = refresh
         self._status = status
         self._metrics = metrics
         self._starting = {"identity", "opa", "bundle", "listeners"}
@@ -32,6 +41,8 @@ class Health:
         elif request.head.method not in ("GET", "HEAD"):
             response = _text(405, "method_not_allowed", ((b"allow", b"GET, HEAD"),))
         else:
+            if self._refresh is not None and request.head.target.path == _METRICS:
+                await self._refresh()
             response = answer()
         try:
             await reply.send(response)
@@ -43,7 +54,7 @@ class Health:
             "/livez": lambda: _text(200, "ok"),
             "/readyz": lambda: _state("not_ready", self._status().not_ready),
             "/startupz": lambda: _state("not_started", self._not_started()),
-            "/metrics": self._exposition,
+            _METRICS: self._exposition,
         }
 
     def _not_started(self) -> str | None:

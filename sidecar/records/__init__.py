@@ -19,11 +19,16 @@ class Records:
     `write` gets whole lines without their end, and must neither wait nor raise; None: there is no access log.
     """
 
-    __slots__ = ("_metrics", "_write")
+    __slots__ = ("_hearers", "_metrics", "_write")
 
     def __init__(self, metrics: Metrics, write: Callable[[bytes], None] | None) -> None:
         self._metrics = metrics
         self._write = write
+        self._hearers: list[Callable[[Decided], None]] = []
+
+    def tell(self, hearer: Callable[[Decided], None]) -> None:
+        """Have each decision told to somebody else too, who must neither wait nor raise."""
+        self._hearers.append(hearer)
 
     def exchange(self, record: Exchange) -> None:
         self._metrics.exchange(record)
@@ -37,3 +42,5 @@ class Records:
 
     def decided(self, record: Decided) -> None:
         self._metrics.decided(record)
+        for hearer in self._hearers:
+            hearer(record)

@@ -38,19 +38,27 @@ _REQUEST = """
 _SIDECAR = """
     cancelled client_gone exchange_idle internal_error message_aborted overloaded peer_exchanges_exceeded route_timeout sidecar_unavailable
     decision_broken_off decision_malformed decision_timeout decision_too_large decision_unaskable
-    decision_unavailable decision_undefined decision_unproven decision_unreachable policy_not_ready
+    decision_unavailable decision_undefined decision_unproven decision_unreachable decision_unsupported
+    policy_not_ready policy_stale
     decision_status_400 decision_status_401 decision_status_404 decision_status_500 decision_status_503
 """
 
 _UPSTREAM = """
-    plaintext_refused_after_proof upstream_broke_off upstream_connect_timeout upstream_failed
+    answer_timeout answer_too_large plaintext_refused_after_proof upstream_broke_off upstream_connect_timeout upstream_failed
     upstream_handshake_timeout upstream_malformed upstream_no_answer upstream_not_tls upstream_protocol
     upstream_draining upstream_ended upstream_refused upstream_refused_stream upstream_reset
     upstream_overloaded upstream_streams_exhausted upstream_unreachable upstream_unresolved
     upgrade_malformed upgrade_refused upgrade_unsupported
 """
 
-CODES = frozenset(f"{_CONNECTION} {_REQUEST} {_SIDECAR} {_UPSTREAM}".split())
+_FLEET = """
+    bundle_from_future bundle_not_taken content_malformed content_too_large fleet_archive_conflict fleet_bundle_missing
+    fleet_bundle_unknown fleet_path_unknown fleet_serial_mismatch fleet_serial_taken fleet_state_unavailable
+    fleet_store_unavailable label_malformed media_type_unsupported method_not_allowed query_malformed
+    rollout_conflict rollout_malformed rollout_not_seen rollout_outrun
+"""
+
+CODES = frozenset(f"{_CONNECTION} {_REQUEST} {_SIDECAR} {_UPSTREAM} {_FLEET}".split())
 
 NONE = "none"
 OTHER = "other"

@@ -1,8 +1,7 @@
 """Counts and latencies of traffic, and the state of the parts, in Prometheus' text format.
 
-Traffic is counted in plain dictionaries of integers, and turned into metric families when somebody asks. That is because
-prometheus-client's own counters take a lock for each change and its histograms one for each bucket, which every request
-would pay for; all of ours happens in one thread. No registry is used, least of all the library's global one.
+Traffic is counted in plain dictionaries of integers, and turned into metric families (`exposition`) when somebody asks: all
+of it happens in one thread, so that a request pays for no lock.
 
 Memory and series stay bounded whatever peers send: a label holds a word of a fixed set, a status code, a code of
 `records.codes`, or a name that we gave ourselves. What each series means stands in `docs/metrics.md`.
@@ -12,14 +11,11 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import accumulate
-
-from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, Metric, ProcessCollector, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
 from sidecar.model import (
     Allow,
     Anonymous,
+    CacheUse,
     ConnectionEnded,
     Decided,
     Direction,
@@ -29,13 +25,17 @@ from sidecar.model import (
     Status,
     Workload,
 )
+from sidecar.records import exposition
+from sidecar.records.added import added
 from sidecar.records.codes import NONE, OTHER, label
+from sidecar.records.decision_log import Account
+from sidecar.records.exposition import Family, counter, gauge, histogram
 from sidecar.records.live_table import LiveTable
+from sidecar.records.own_process import OwnProcess
 
 BOUNDS = (0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0)
 """Upper bounds of the buckets of a latency, seconds. A decision takes a fraction of a millisecond, a stream minutes."""
 
-_BUCKETS = (*map(str, BOUNDS), "+Inf")
 _STATUS: Mapping[int | None, str] = {None: NONE, **{status: str(status) for status in range(100, 600)}}
 _KIND: Mapping[type[Peer | None], str] = {
     Workload: "workload", LocalProcess: "local_process", Anonymous: "anonymous", type(None): NONE,
@@ -46,7 +46,8 @@ _MAX_EVENTS = 256
 class Metrics:
     """What is counted while running. `directions` are shown from the start, so that a first event is an increase.
 
-    `connections` tells how many are open for each listener, `dropped` how many lines of log were lost.
+    `connections` tells how many are open for each listener, `dropped` how many lines of log were lost, `kept` what became of
+    decisions that are kept, None where none are.
     """
 
     def __init__(
@@ -56,12 +57,14 @@ class Metrics:
         directions: Iterable[Direction],
         connections: Callable[[], Mapping[str, int]],
         dropped: Callable[[], int],
+        kept: Callable[[], Account | None] = lambda: None,
     ) -> None:
         self._live = live
         self._directions = tuple(directions)
         self._open_connections = connections
         self._dropped = dropped
-        self._process = ProcessCollector(registry=None)
+        self._kept = kept
+        self._process = OwnProcess()
         self._exchanges: dict[tuple[str, ...], int] = {}
         self._errors: dict[tuple[str, ...], int] = {}
         self._decisions: dict[tuple[str, ...], int] = {}
@@ -105,64 +108,72 @@ class Metrics:
             event = OTHER
         _count(self._events, event)
 
-    def exposition(self, status: Status) -> tuple[bytes, bytes]:
-        """Return content type and body of what a scraper gets (text format 0.0.4)."""
-        families = (*self._traffic(), *_state(status), *self._process.collect())
-        return CONTENT_TYPE_PLAIN_0_0_4.encode(), generate_latest(_Families(families))
+    def exposition(self, status: Status, others: Iterable[Iterable[Family]] = ()) -> tuple[bytes, bytes]:
+        """Return content type and body of what a scraper gets (text format 0.0.4). `others`: what other processes of this
+        sidecar have measured.
+        """
+        return exposition.CONTENT_TYPE, exposition.text(self.families(status, others))
 
-    def _traffic(self) -> Iterator[Metric]:
-        yield _counters(
+    def families(self, status: Status, others: Iterable[Iterable[Family]] = ()) -> Iterator[Family]:
+        yield from added((self.measured(), *others))
+        yield from _decision_log(self._kept())
+        yield from _state(status)
+
+    def measured(self) -> Iterator[Family]:
+        """What is true of this process alone."""
+        yield from self._traffic()
+        yield from self._process.families()
+
+    def _traffic(self) -> Iterator[Family]:
+        yield counter(
             "sidecar_exchanges", "Exchanges ended.", ("direction", "peer", "decision", "status"), self._exchanges
         )
-        yield _counters("sidecar_exchange_errors", "Exchanges ended by an error.", ("direction", "error"), self._errors)
+        yield counter("sidecar_exchange_errors", "Exchanges ended by an error.", ("direction", "error"), self._errors)
         yield self._latency()
-        yield _counters(
+        yield counter(
             "sidecar_decisions", "Questions to policy, answered or not.", ("direction", "result"), self._decisions
         )
-        yield _counters(
+        yield counter(
             "sidecar_decision_errors", "Questions without an answer.", ("direction", "error"), self._decision_errors
         )
-        yield _counters(
+        yield counter(
             "sidecar_connections", "Connections ended, failed handshakes included.",
             ("listener", "peer", "outcome", "reason"), self._connections,
         )  # fmt: skip
-        yield _counters("sidecar_events", "Events of the log.", ("event",), self._events)
-        yield CounterMetricFamily("sidecar_log_lines_dropped", "Lines that no reader took.", value=self._dropped())
-        yield _gauges(
+        yield counter("sidecar_events", "Events of the log.", ("event",), self._events)
+        yield counter("sidecar_log_lines_dropped", "Lines that no reader took.", (), {(): self._dropped()})
+        yield gauge(
             "sidecar_open_exchanges", "Exchanges open now.", ("direction",),
             {(key,): number for key, number in {**dict.fromkeys(self._directions, 0), **self._live.open()}.items()},
         )  # fmt: skip
-        yield _gauges(
+        yield gauge(
             "sidecar_open_connections", "Connections open now.", ("listener",),
             {(listener,): number for listener, number in self._open_connections().items()},
         )  # fmt: skip
 
-    def _latency(self) -> Metric:
-        family = HistogramMetricFamily(
-            "sidecar_exchange_seconds", "Duration of an exchange and of its stages.", labels=("direction", "stage")
-        )
-        for direction, stages in self._latencies.items():
-            for stage in _Stages.__slots__:
-                latency: _Latency = getattr(stages, stage)
-                family.add_metric((direction, stage), latency.buckets(), latency.seconds)
-        return family
+    def _latency(self) -> Family:
+        return histogram(
+            "sidecar_exchange_seconds", "Duration of an exchange and of its stages.", ("direction", "stage"), BOUNDS,
+            [
+                ((direction, stage), latency.counts, latency.seconds)
+                for direction, stages in self._latencies.items()
+                for stage, latency in stages
+            ],
+        )  # fmt: skip
 
 
 class _Latency:
-    __slots__ = ("_counts", "seconds")
+    __slots__ = ("counts", "seconds")
 
     def __init__(self) -> None:
-        self._counts = [0] * len(_BUCKETS)
+        self.counts = [0] * (len(BOUNDS) + 1)
+        """By bucket, not added up."""
         self.seconds = 0.0
         """The sum of all that was observed."""
 
     def observe(self, seconds: float) -> None:
-        self._counts[bisect_left(BOUNDS, seconds)] += 1
+        self.counts[bisect_left(BOUNDS, seconds)] += 1
         self.seconds += seconds
-
-    def buckets(self) -> list[tuple[str, float]]:
-        """Upper bound and how many were at most that."""
-        return list(zip(_BUCKETS, accumulate(self._counts), strict=True))
 
 
 class _Stages:
@@ -175,36 +186,35 @@ class _Stages:
         self.decision = _Latency()
         self.upstream = _Latency()
 
-
-class _Families:
-    """What `generate_latest` asks a registry for, without the registry."""
-
-    def __init__(self, families: Iterable[Metric]) -> None:
-        self._families = families
-
-    def collect(self) -> Iterable[Metric]:
-        return self._families
+    def __iter__(self) -> Iterator[tuple[str, _Latency]]:
+        for stage in self.__slots__:
+            yield stage, getattr(self, stage)
 
 
 def _count(counts: dict[tuple[str, ...], int], *key: str) -> None:
     counts[key] = counts.get(key, 0) + 1
 
 
-def _counters(name: str, meaning: str, labels: tuple[str, ...], counts: Mapping[tuple[str, ...], int]) -> Metric:
-    family = CounterMetricFamily(name, meaning, labels=labels)
-    for key, number in counts.items():
-        family.add_metric(key, number)
-    return family
+def _decision_log(account: Account | None) -> Iterator[Family]:
+    if account is None:
+        return
+    events = {"uploaded": account.uploaded, "dropped": account.dropped, "failed": account.failed}
+    uploads = {"taken": account.uploads, "failed": account.failed_uploads}
+    yield counter(
+        "sidecar_decision_log_events", "What became of decisions that were to be kept.", ("result",),
+        {(result,): number for result, number in events.items()},
+    )  # fmt: skip
+    yield counter(
+        "sidecar_decision_log_uploads", "Batches sent to the service.", ("result",),
+        {(result,): number for result, number in uploads.items()},
+    )  # fmt: skip
+    yield gauge(
+        "sidecar_decision_log_waiting_events", "Events that the service has not taken yet.", (), {(): account.waiting}
+    )
+    yield gauge("sidecar_decision_log_waiting_bytes", "What they take of memory.", (), {(): account.waiting_bytes})
 
 
-def _gauges(name: str, meaning: str, labels: tuple[str, ...], values: Mapping[tuple[str, ...], float]) -> Metric:
-    family = GaugeMetricFamily(name, meaning, labels=labels)
-    for key, value in values.items():
-        family.add_metric(key, value)
-    return family
-
-
-def _state(status: Status) -> Iterator[Metric]:
+def _state(status: Status) -> Iterator[Family]:
     """The state of the parts: always of now, so that a label with a name in it (revision, ID) has one value at a time."""
     parts = {
         "identity": status.identity == "ok",
@@ -212,28 +222,39 @@ def _state(status: Status) -> Iterator[Metric]:
         "opa": status.opa == "ok",
         "listeners": status.listeners,
     }
-    yield GaugeMetricFamily("sidecar_ready", "Whether traffic is wanted.", value=float(status.not_ready is None))
-    yield GaugeMetricFamily("sidecar_draining", "Whether the sidecar is stopping.", value=float(status.draining))
-    yield _gauges(
+    yield gauge("sidecar_ready", "Whether traffic is wanted.", (), {(): status.not_ready is None})
+    yield gauge("sidecar_draining", "Whether the sidecar is stopping.", (), {(): status.draining})
+    yield gauge(
         "sidecar_part_ok", "Whether a part does its work.", ("part",),
-        {(part,): float(ok) for part, ok in parts.items()},
+        {(part,): ok for part, ok in parts.items()},
     )  # fmt: skip
     failing = {"identity": status.identity_error, "bundle": status.bundle_error}
-    yield _gauges(
+    yield gauge(
         "sidecar_update_failing", "Whether the last update was refused, and the old state kept.", ("part",),
-        {(part,): float(error is not None) for part, error in failing.items()},
+        {(part,): error is not None for part, error in failing.items()},
     )  # fmt: skip
-    yield GaugeMetricFamily(
-        "sidecar_identity_generation", "How often an identity was published.", value=status.identity_generation
+    yield gauge(
+        "sidecar_identity_generation", "How often an identity was published.", (), {(): status.identity_generation}
     )
     if status.identity_not_after is not None:
-        yield GaugeMetricFamily(
-            "sidecar_svid_expiry_timestamp_seconds", "When our SVID ends.", value=status.identity_not_after
-        )
-    yield CounterMetricFamily("sidecar_opa_restarts", "How often OPA was started again.", value=status.opa_restarts)
+        yield gauge("sidecar_svid_expiry_timestamp_seconds", "When our SVID ends.", (), {(): status.identity_not_after})
+    yield counter("sidecar_opa_restarts", "How often OPA was started again.", (), {(): status.opa_restarts})
+    if status.cache is not None:
+        yield from _cache(status.cache)
     yield _named("sidecar_identity_info", "Our SPIFFE ID.", "spiffe_id", status.identity_id)
     yield _named("sidecar_bundle_info", "The revision that OPA runs.", "revision", status.bundle_revision)
 
 
-def _named(name: str, meaning: str, label_name: str, value: str | None) -> Metric:
-    return _gauges(name, meaning, (label_name,), {} if value is None else {(value,): 1.0})
+def _cache(use: CacheUse) -> Iterator[Family]:
+    results = {"hit": use.hits, "shared": use.shared, "miss": use.misses, "bypassed": use.bypassed}
+    yield counter(
+        "sidecar_decision_cache", "Questions to policy, by what the cache made of them.", ("result",),
+        {(result,): number for result, number in results.items()},
+    )  # fmt: skip
+    yield counter("sidecar_decision_cache_evictions", "Answers that had to make room.", (), {(): use.evicted})
+    yield gauge("sidecar_decision_cache_entries", "Answers kept now.", (), {(): use.entries})
+    yield gauge("sidecar_decision_cache_bytes", "What they take, reckoned.", (), {(): use.bytes})
+
+
+def _named(name: str, meaning: str, label_name: str, value: str | None) -> Family:
+    return gauge(name, meaning, (label_name,), {} if value is None else {(value,): 1.0})

@@ -20,10 +20,11 @@ from http import HTTPStatus
 import httptools
 
 from sidecar.errors import ClientFault, MaybeSent
-from sidecar.model import Data, Fields, RequestHead, ResponseHead, Trailers
+from sidecar.model import Data, Fields, RequestHead, ResponseHead, Trailers, maker
 from sidecar.wire import target
 
-_FORBIDDEN = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)|(?<!\r)\n|\n[ \t]")
+_CONTROLS = bytes([*range(0x09), 0x0B, 0x0C, *range(0x0E, 0x20), 0x7F])
+"""Without tab, CR and LF."""
 _NAME = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 _CHUNK = re.compile(
@@ -33,6 +34,8 @@ _CHUNK = re.compile(
 _REQUEST_LINE = re.compile(rb"[^ ]+ [^ ]+ HTTP/1\.[01]\r\n")
 _DIGITS = re.compile(rb"[0-9]{1,18}")
 _UPGRADE = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+(?:/[!#$%&'*+\-.^_`|~0-9A-Za-z]+)?")
+
+_request_head, _response_head = maker(RequestHead), maker(ResponseHead)
 
 MAX_CHUNK_LINE_BYTES = 1024
 
@@ -115,6 +118,18 @@ def request_line_fits(raw: bytes | bytearray, max_request_line_bytes: int) -> No
         raise ClientFault(code="request_line_too_long", public="the request line is too long", status=414)
 
 
+def _holds_forbidden(raw: bytes) -> bool:
+    """Whether there is a control character, a CR or LF by itself, or a folded line. Counting costs a fifth of a pattern."""
+    lines = raw.count(b"\r\n")
+    return (
+        len(raw.translate(None, _CONTROLS)) != len(raw)
+        or raw.count(b"\n") != lines
+        or raw.count(b"\r") != lines
+        or b"\n " in raw
+        or b"\n\t" in raw
+    )
+
+
 def request_head(
     raw: bytes,
     *,
@@ -135,7 +150,7 @@ def request_head(
         request_line_fits(raw, max_request_line_bytes)
     if raw.count(b"\n") - 2 > max_header_fields:
         raise ClientFault(code="head_too_many_fields", public="there are too many header fields", status=431)
-    if _FORBIDDEN.search(raw):
+    if _holds_forbidden(raw):
         raise ClientFault(
             code="head_control_character", public="the header section holds a character that is not allowed"
         )
@@ -177,7 +192,7 @@ def _request(
         raise ClientFault(code="scheme_mismatch", public="the scheme of the target is not that of the connection")
     host, port = _authority(noted.get(b"host", ()), authority, modern)
     upgrade = _upgrade(noted[b"upgrade"], head.options()) if b"upgrade" in noted and modern and not framing else None
-    parsed = RequestHead(
+    parsed = _request_head(
         method=method, target=where, host=host, port=port, fields=fields, protocol="HTTP/1.1" if modern else "HTTP/1.0",
         upgrade=upgrade, expects_continue=bool(expectations) and modern,
     )  # fmt: skip
@@ -226,13 +241,16 @@ def _length(values: list[bytes]) -> int:
     return int(values[0])
 
 
-def response_head(raw: bytes, *, method: str, max_header_fields: int) -> tuple[ResponseHead, Framing, bool]:
+def response_head(
+    raw: bytes, *, method: str, max_header_fields: int, kept: bool = False
+) -> tuple[ResponseHead, Framing, bool]:
     """Parse one whole response head to a request of `method`.
 
     Returns it, how its body is framed (0 also for HEAD, 1xx, 204 and 304, whatever length they state), and whether the
-    connection can be used again. Raises `MaybeSent` for what is no HTTP/1.1 or 1.0 answer with a single meaning.
+    connection can be used again. Raises `MaybeSent` for what is no HTTP/1.1 or 1.0 answer with a single meaning. `kept`: whether
+    the head will be used again, and so gets room for what is made of it.
     """
-    if raw.count(b"\n") - 2 > max_header_fields or _FORBIDDEN.search(raw):
+    if raw.count(b"\n") - 2 > max_header_fields or _holds_forbidden(raw):
         raise MaybeSent("forbidden characters or too many fields in the head", code="upstream_malformed")
     collected = _Head()
     parser = httptools.HttpResponseParser(collected)
@@ -252,7 +270,7 @@ def response_head(raw: bytes, *, method: str, max_header_fields: int) -> tuple[R
     if not modern and b"transfer-encoding" in noted:  # RFC 9112 §6.1
         raise MaybeSent("HTTP/1.0 has no Transfer-Encoding", code="upstream_malformed")
     framing = _response_framing(method, status, noted.get(b"content-length"), noted.get(b"transfer-encoding"))
-    head = ResponseHead(status=status, fields=collected.fields)
+    head = _response_head(status=status, fields=collected.fields, kept={} if kept else None)
     return head, framing, framing != UNTIL_CLOSE and collected.keeps(modern)
 
 
@@ -386,6 +404,16 @@ _NOT_FROM_FIELDS = frozenset({b"content-length", b"te"})
 
 def encode_response(head: ResponseHead, framing: Framing, *, bodiless: bool, close: bool) -> bytes:
     """The head of an answer. A length that `head.fields` state is kept where there is no body to contradict it."""
+    if head.kept is None:
+        return _encoded(head, framing, bodiless=bodiless, close=close)
+    manner = (framing, bodiless, close)
+    encoded: bytes | None = head.kept.get(manner)
+    if encoded is None:
+        encoded = head.kept[manner] = _encoded(head, framing, bodiless=bodiless, close=close)
+    return encoded
+
+
+def _encoded(head: ResponseHead, framing: Framing, *, bodiless: bool, close: bool) -> bytes:
     status = head.status
     lines = [_STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status]
     if bodiless and status != 204:

@@ -6,6 +6,8 @@ comes without a key, from HTTP/2, gets one here, and the upstream's proof that i
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import trio
 
 from sidecar.errors import ClientFault, MaybeSent, NoAnswer
@@ -14,6 +16,10 @@ from sidecar.wire import h1
 from sidecar.wire.h1_body import Incoming, Outgoing
 from sidecar.wire.h1_tunnel import ACCEPT, KEY, Tunnel, accept_of, is_websocket, made_key
 from sidecar.wire.network import Stream
+from sidecar.wire.recent import Recent
+
+Known: TypeAlias = tuple[str, ResponseHead, h1.Framing, bool]
+"""The method that was answered, and what `h1.response_head` makes of the head of the answer to it."""
 
 _GONE = (trio.BrokenResourceError, trio.ClosedResourceError)
 
@@ -22,12 +28,22 @@ class H1Connection:
     """A connection that carries one exchange at a time. `reusable` once the last one left it in order."""
 
     __slots__ = (
-        "_buffer", "_head", "_heard", "_keep", "_key", "_max_bytes", "_max_fields", "_sent", "_tunnelled", "body", "exchanges",
-        "idle_since", "opened_at", "stream",
+        "_buffer", "_head", "_heard", "_keep", "_key", "_max_bytes", "_max_fields", "_recent", "_sent", "_tunnelled",
+        "_unanswered", "body", "exchanges", "idle_since", "opened_at", "stream",
     )  # fmt: skip
 
-    def __init__(self, stream: Stream, *, max_header_bytes: int, max_header_fields: int, opened_at: float) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        *,
+        max_header_bytes: int,
+        max_header_fields: int,
+        opened_at: float,
+        recent: Recent[Known] | None = None,
+    ) -> None:
+        """`recent`: the last heads of whoever is there, on whichever connection they came; None: it has a memory of its own."""
         self.stream = stream
+        self._recent = recent if recent is not None else Recent(1)
         self.exchanges = 0
         self.opened_at = opened_at
         self.idle_since = opened_at
@@ -35,6 +51,8 @@ class H1Connection:
         self._max_bytes = max_header_bytes
         self._max_fields = max_header_fields
         self._buffer = bytearray()
+        self._unanswered = Incoming(stream, self._buffer, h1.UNTIL_CLOSE)
+        """The body while no head has come: no end has come either."""
         self._start()
 
     def _start(self) -> None:
@@ -45,7 +63,7 @@ class H1Connection:
         self._key: bytes | None = None
         self._tunnelled = False
         """Whether there was a tunnel, and our side of it has ended in order."""
-        self.body = Incoming(self.stream, self._buffer, h1.UNTIL_CLOSE)  # no end has come while no head has
+        self.body = self._unanswered
 
     @property
     def reused(self) -> bool:
@@ -80,8 +98,12 @@ class H1Connection:
         if head.upgrade is not None and is_websocket(head.upgrade) and all(name != KEY for name, _ in fields):
             self._key = made_key()
             fields = [*fields, (KEY, self._key)]
+        encoded = h1.encode_request(head, fields, framing)
         try:
-            await Outgoing(self.stream).send(h1.encode_request(head, fields, framing), body, framing)
+            if type(body) is Incoming and body.ended:  # as most have: there is none
+                await self.stream.send_all(encoded)
+            else:
+                await Outgoing(self.stream).send(encoded, body, framing)
         except _GONE as error:
             raise MaybeSent(str(error), code="upstream_reset") from error
         self._sent = True
@@ -91,7 +113,10 @@ class H1Connection:
         raw = await self._raw_head()
         if self._head is None:
             raise MaybeSent("answered before it was asked", code="upstream_malformed")
-        head, framing, keep = h1.response_head(raw, method=self._head.method, max_header_fields=self._max_fields)
+        known = self._recent.get(raw)
+        if known is None or known[0] != self._head.method:
+            known = self._read(raw, self._head.method)
+        _, head, framing, keep = known
         self._heard = True
         if head.status == 101:
             return self._switched(head, self._head.upgrade)
@@ -102,6 +127,13 @@ class H1Connection:
                 max_header_bytes=self._max_bytes, max_header_fields=self._max_fields,
             )  # fmt: skip
         return head
+
+    def _read(self, raw: bytes, method: str) -> Known:
+        wanted = self._recent.wants(raw)
+        known = (method, *h1.response_head(raw, method=method, max_header_fields=self._max_fields, kept=wanted))
+        if wanted:
+            self._recent.keep(raw, known)
+        return known
 
     def _switched(self, head: ResponseHead, asked: str | None) -> ResponseHead:
         if asked is None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeAlias
 
 import trio
 
@@ -30,15 +30,20 @@ from sidecar.model import (
     RequestHead,
     Response,
     ResponseHead,
+    maker,
 )
 from sidecar.wire import answers, h1
 from sidecar.wire.h1_body import Incoming, Outgoing
 from sidecar.wire.h1_tunnel import Tunnel, accepted
 from sidecar.wire.network import Stream
+from sidecar.wire.recent import Recent
 
 Handle = Callable[[Connection, Request, Reply], Awaitable[None]]
 
 _GONE = (trio.BrokenResourceError, trio.ClosedResourceError)
+_request = maker(Request)
+Known: TypeAlias = tuple[RequestHead, h1.Framing, bool, dict[str, Any] | None]
+"""What `h1.request_head` makes of a head, and what others have made of it."""
 _DRAIN_BYTES = 65536
 """How much of a body that nobody read is read and dropped, so that the connection can be kept."""
 
@@ -90,11 +95,18 @@ class Served:
 
     __slots__ = (
         "answering", "connection", "draining", "evicted", "exchanges", "fresh", "handle", "idle", "limits", "on_drain", "on_look",
-        "reason", "tunnel", "waiting", "waiting_until",
+        "reason", "recent", "tunnel", "waiting", "waiting_until",
     )  # fmt: skip
 
     def __init__(
-        self, connection: Connection, handle: Handle, limits: Limits, fresh: Callable[[], bool], *, draining: bool
+        self,
+        connection: Connection,
+        handle: Handle,
+        limits: Limits,
+        fresh: Callable[[], bool],
+        *,
+        draining: bool,
+        recent: Recent[Known] | None = None,
     ) -> None:
         self.connection = connection
         self.handle = handle
@@ -114,6 +126,8 @@ class Served:
         """Told of a drain, where the driver has something to say to its peer then (GOAWAY)."""
         self.on_look: Callable[[float], None] | None = None
         """Told of each look of the server, with the time."""
+        self.recent: Recent[Known] = recent if recent is not None else Recent(1)
+        """What this client asked last."""
         self.exchanges = 0
         self.reason: str | None = None
         self.evicted = False
@@ -143,13 +157,10 @@ async def serve(stream: Stream, buffer: bytearray, served: Served) -> None:
         if raw is None:
             return
         try:
-            head, framing, keep = h1.request_head(
-                raw,
-                scheme="https" if served.connection.tls else "http",
-                max_header_fields=served.limits.max_header_fields,
-                max_request_line_bytes=served.limits.max_request_line_bytes,
-                allow_encoded_slash=served.limits.allow_encoded_slash,
-            )
+            known = served.recent.get(raw)
+            if known is None:
+                known = _read(raw, served)
+            head, framing, keep, kept = known
             if not served.fresh():
                 raise NoLongerTrusted
         except ClientFault as fault:
@@ -165,7 +176,7 @@ async def serve(stream: Stream, buffer: bytearray, served: Served) -> None:
         )  # fmt: skip
         reply = served.answering = _Reply(stream, buffer, head, body, served, keep=keep)
         served.exchanges += 1
-        await served.handle(served.connection, Request(head=head, body=body), reply)
+        await served.handle(served.connection, _request(head=head, body=body, kept=kept), reply)
         served.answering = None
         if not reply.complete:
             # The answer was cut short, or there is none: a reset says so, a clean end would not.
@@ -175,6 +186,23 @@ async def serve(stream: Stream, buffer: bytearray, served: Served) -> None:
         if not reply.keep or not await _body_finished(body, served):
             await stream.close_gently(served.limits.linger_timeout)
             return
+
+
+def _read(raw: bytes, served: Served) -> Known:
+    """What `h1.request_head` makes of a head, and where it comes again room for what others make of it. Raises `ClientFault`."""
+    limits, recent = served.limits, served.recent
+    head, framing, keep = h1.request_head(
+        raw,
+        scheme="https" if served.connection.tls else "http",
+        max_header_fields=limits.max_header_fields,
+        max_request_line_bytes=limits.max_request_line_bytes,
+        allow_encoded_slash=limits.allow_encoded_slash,
+    )
+    if not recent.wants(raw):
+        return head, framing, keep, None
+    known: Known = (head, framing, keep, {})
+    recent.keep(raw, known)
+    return known
 
 
 class _Patience:

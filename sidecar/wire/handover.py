@@ -32,6 +32,7 @@ from sidecar.model import Address
 from sidecar.wire import packets
 from sidecar.wire.listening import Listener, TcpListener
 from sidecar.wire.packets import Packets
+from sidecar.wire.queues import joined
 
 NAME = "line.sock"
 MAX_SOCKETS = 250
@@ -148,9 +149,11 @@ class Handover:
             packets.check(sockets[:-1], {socket.AF_INET, socket.AF_INET6}, socket.SOCK_STREAM)
             packets.check(sockets[-1:], {socket.AF_UNIX}, socket.SOCK_SEQPACKET)
             self._line = sockets.pop()
-            found = {by_name[name]: TcpListener(sockets.pop(0)) for name in names}
-        self._log("handover.received", "info", pid=answer.get("pid"), listeners=names)
-        return found
+            queues: dict[str, list[TcpListener]] = {}
+            for name in names:
+                queues.setdefault(name, []).append(TcpListener(sockets.pop(0)))
+        self._log("handover.received", "info", pid=answer.get("pid"), listeners=list(queues))
+        return {by_name[name]: joined(of) for name, of in queues.items()}
 
     async def take_over(self) -> None:
         if self._predecessor is not None:
@@ -227,8 +230,11 @@ class Handover:
             shared = {str(at): one for at, one in listeners.items() if str(at) in wanted and one.fileno() >= 0}
             if not shared or self._line is None:
                 raise OperatorFault(f"process {pid} listens at none of our addresses", code="handover_unrelated")
-            descriptors = [one.fileno() for one in shared.values()]
-            await successor.send({"pid": os.getpid(), "listen": list(shared)}, [*descriptors, self._line.fileno()])
+            named = [(name, queue.fileno()) for name, one in shared.items() for queue in one.queues]
+            descriptors = [descriptor for _, descriptor in named]
+            await successor.send(
+                {"pid": os.getpid(), "listen": [name for name, _ in named]}, [*descriptors, self._line.fileno()]
+            )
         self._in_charge = False
         self._log("handover.asked", "info", pid=pid, listeners=list(shared))
         try:

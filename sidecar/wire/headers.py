@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from sidecar.errors import ClientFault, UpstreamFault
 from sidecar.model import NOTHING, Fields
@@ -274,10 +274,26 @@ def _finished(
     return with_added(kept, add) if add else kept
 
 
-def with_added(fields: Fields, add: Mapping[str, str]) -> list[Field]:
-    """Set policy's headers (each has passed `policy_may_set`) in the place of any field with the same folded name."""
+def ids_at(fields: Fields) -> int:
+    """Where in the fields of a request that goes on its ids stand, for `with_ids`."""
+    return next(at for at, field in enumerate(fields) if field[0] == b"x-request-id")
+
+
+def with_ids(fields: Sequence[Field], at: int, request_id: str, traceparent: str) -> list[Field]:
+    """Return the fields that the same request goes on with under other ids (RFC 9110 knows none of these two)."""
+    changed = list(fields)
+    changed[at] = (b"x-request-id", request_id.encode("ascii"))
+    changed[at + 1] = (b"traceparent", traceparent.encode("ascii"))
+    return changed
+
+
+def with_added(fields: Fields, add: Mapping[str, str], removed: frozenset[bytes] = frozenset()) -> list[Field]:
+    """Set policy's headers (each has passed `policy_may_set`) in the place of any field with the same folded name.
+
+    `removed`: folded names that policy takes away besides.
+    """
     ours = [(name.lower().encode("ascii"), value.encode("ascii")) for name, value in add.items()]
-    replaced = {name.translate(_FOLD) for name, _ in ours}
+    replaced = {name.translate(_FOLD) for name, _ in ours} | removed
     return [field for field in fields if field[0].translate(_FOLD) not in replaced] + ours
 
 

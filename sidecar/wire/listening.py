@@ -15,7 +15,7 @@ import errno
 import os
 import resource
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import trio
@@ -49,45 +49,80 @@ class Listener(Protocol):
 
     def fileno(self) -> int: ...
 
+    @property
+    def queues(self) -> Sequence[Listener]:
+        """The sockets that it consists of (`queues`); itself, where it is one."""
+        ...
+
 
 class TcpListener:
-    """A listening socket that is ours to close, in this process."""
+    """A listening socket that is ours to close, in this process. `listens`: else `begin` comes before the first `accept`."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, *, listens: bool = True) -> None:
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # what is accepted has it from here (tcp(7))
         self._sock = sock
+        self._listens = listens
         self._left: int | None = None
         """How many more are handed out; None: no end is set."""
+        self.name: tuple[object, ...] = sock.getsockname()
         host, port = sock.getsockname()[:2]
         self.address = Address(host=host, port=port)
 
     def __repr__(self) -> str:
         return f"<listener at {self.address}{' (closed)' if self.fileno() < 0 else ''}>"
 
+    @property
+    def queues(self) -> Sequence[Listener]:
+        return (self,)
+
+    @property
+    def family(self) -> int:
+        return self._sock.family
+
+    @property
+    def only_v6(self) -> int:
+        return self._sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
+
+    def share(self) -> None:
+        """Let others of the same user bind the address too (SO_REUSEPORT). Raises OSError."""
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+
+    def begin(self) -> None:
+        """Listen, if it does not. Raises OSError."""
+        if not self._listens:
+            self._sock.listen(BACKLOG)
+            self._listens = True
+
     async def accept(self) -> tuple[socket.socket, Address]:
         # Before, since behind a checkpoint the connection would be neither in the queue nor anybody's.
         await trio.lowlevel.checkpoint()
+        while (taken := self.take()) is None:
+            await self.wait()
+        return taken
+
+    def take(self) -> tuple[socket.socket, Address] | None:
+        """As `accept`, of what waits already; None where nothing does. Raises trio.ClosedResourceError at the end."""
         while self._sock.fileno() >= 0 and self._left != 0:
             try:
                 sock, peer = self._sock.accept()
             except BlockingIOError:
                 if self._left is not None:
                     break
-                await self._wait()
-            else:
-                if self._left is not None:
-                    self._left -= 1
-                sock.setblocking(False)
-                return sock, Address(host=peer[0], port=peer[1])
+                return None
+            if self._left is not None:
+                self._left -= 1
+            sock.setblocking(False)
+            return sock, Address(host=peer[0], port=peer[1])
         self.close()
         raise trio.ClosedResourceError("this listener was closed")
 
-    async def _wait(self) -> None:
+    async def wait(self) -> None:
+        """Wait until there may be somebody, or an end."""
         try:
             await trio.lowlevel.wait_readable(self._sock)
         except trio.ClosedResourceError:
-            pass  # woken by ourselves; `accept` looks why
+            pass  # woken by ourselves; `take` looks why
 
     def finish(self) -> None:
         if self._left is None and self._sock.fileno() >= 0:

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import select
 import socket
 import struct
 import termios
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, NoReturn, Protocol
 
 import trio
 
@@ -52,7 +53,8 @@ class Stream:
     """`model.ByteStream` over a connected, non-blocking socket. One task may read while another writes."""
 
     __slots__ = (
-        "_closed", "_drained", "_read_shared", "_reading", "_recv", "_send", "_sock", "_streak", "_write_shared", "_writing",
+        "_closed", "_drained", "_look", "_read_shared", "_reading", "_recv", "_send", "_sock", "_streak", "_write_shared",
+        "_writing",
     )  # fmt: skip
     _wants_to_read: tuple[type[OSError], ...] = (BlockingIOError,)
     _wants_to_write: tuple[type[OSError], ...] = (BlockingIOError,)
@@ -67,6 +69,7 @@ class Stream:
         self._drained = False
         """Whether the last read took all that there was: then the next one waits before it tries."""
         self._streak = 0
+        self._look: select.poll | None = None
         self._reading = self._writing = False
         self._read_shared: trio.Event | None = None
         self._write_shared: trio.Event | None = None
@@ -78,8 +81,16 @@ class Stream:
     async def receive_some(self, max_bytes: int = 65536) -> bytes:
         if self._closed:
             raise trio.ClosedResourceError("this stream was already closed")
-        if self._drained:
-            await self._readable()
+        if self._drained and not self._reading:
+            # What `_readable` does, here: nearly every read of a head comes this way, and each await has its price.
+            self._streak = 0
+            self._reading = True
+            try:
+                await trio.lowlevel.wait_readable(self._sock)
+            finally:
+                self._reading = False
+                if self._read_shared is not None:
+                    self._wake_readers()
         else:
             await trio.lowlevel.checkpoint_if_cancelled()
         while True:
@@ -91,7 +102,7 @@ class Stream:
                 await self._writable()
             except self._clean_end:
                 return b""
-            except (OSError, ValueError) as error:  # ssl says ValueError where it was closed after it became readable
+            except (OSError, ValueError) as error:  # ValueError where it was closed after it became readable
                 raise self._broken(error) from error
             else:
                 if self._streak >= _STREAK:
@@ -104,17 +115,20 @@ class Stream:
         if self._closed:
             raise trio.ClosedResourceError("this stream was already closed")
         await trio.lowlevel.checkpoint_if_cancelled()
-        sent = 0
-        size = len(data)
-        while sent < size:
+        left: bytes | memoryview = data
+        while left:
             try:
-                sent += self._send(data if sent == 0 else memoryview(data)[sent:])
+                sent = self._send(left)
+                if sent == len(left):
+                    break
+                # TLS takes one record at a time, 16 KiB, and of a view a part is cut off without copying the rest.
+                left = (memoryview(left) if left is data else left)[sent:]
             except self._wants_to_write:
                 await self._writable()
             except self._wants_to_read:
                 # For a plain socket the same error as above, and never reached; TLS may have to read to send.
                 await self._readable()
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 raise self._broken(error) from error
         if self._streak >= _STREAK:
             await self._rest()
@@ -122,13 +136,12 @@ class Stream:
 
     def readable_now(self) -> bool:
         """Whether the peer has sent something, or ended: on an idle kept connection either means that it is stale."""
-        try:
-            socket.socket.recv(self._sock, 1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return False
-        except OSError:
+        if self._closed:
             return True
-        return True
+        if self._look is None:  # asked before each use of a kept connection: a peek would cost an exception each time
+            self._look = select.poll()
+            self._look.register(self._sock, select.POLLIN)
+        return bool(self._look.poll(0))
 
     def fileno(self) -> int:
         return self._sock.fileno()
@@ -174,6 +187,7 @@ class Stream:
     def close(self) -> None:
         if not self._closed:
             self._closed = True
+            self._recv = self._send = _closed
             trio.lowlevel.notify_closing(self._sock)
             self._sock.close()
 
@@ -227,8 +241,12 @@ class Stream:
         finally:
             self._reading = False
             if self._read_shared is not None:
-                self._read_shared.set()
-                self._read_shared = None
+                self._wake_readers()
+
+    def _wake_readers(self) -> None:
+        assert self._read_shared is not None  # noqa: S101  (for the type checker)
+        self._read_shared.set()
+        self._read_shared = None
 
     async def _writable(self) -> None:
         self._streak = 0
@@ -245,6 +263,13 @@ class Stream:
             if self._write_shared is not None:
                 self._write_shared.set()
                 self._write_shared = None
+
+
+def _closed(*_: object) -> NoReturn:
+    """In the place of what a closed stream read and wrote with: OpenSSL goes on under the number of the descriptor, which may
+    be another connection's by then.
+    """
+    raise ValueError("closed")
 
 
 async def peek(sock: socket.socket) -> bytes:

@@ -3,7 +3,8 @@
 A packet is a JSON object with `handover: 1`, the version, and may bring descriptors:
 
     successor:  {"pid", "listen": [address, …]}
-    in charge:  {"pid", "listen": [address, …]} with a descriptor for each, in this order, and the line's at the end
+    in charge:  {"pid", "listen": [address, …]} with a descriptor for each, in this order, and the line's at the end;
+                an address that has several queues is there several times
                 {"pid", "refused": code}
     successor:  {"ready": true}
 """

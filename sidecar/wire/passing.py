@@ -46,8 +46,10 @@ class Sifted:
         except Aborted as gone:
             gone.code = self._code
             raise
+        if item is None:
+            return None
         self._moved()
-        return Trailers(headers.trailer_fields(item.fields, self._reserved)) if isinstance(item, Trailers) else item
+        return Trailers(headers.trailer_fields(item.fields, self._reserved)) if type(item) is Trailers else item
 
 
 class Upload(Sifted):

@@ -3,7 +3,7 @@
 Nothing here waits but `place`, so a plan cannot change half-way: each method leaves the pool whole. The number of connections is
 the length of what holds them and is counted nowhere else.
 
-At the bound, requests stand in a line. Whatever becomes free (a kept connection, a stream of a shared one, the right to
+At the bound, of connections or of those that are being made, requests stand in a line. Whatever becomes free (a kept connection, a stream of a shared one, the right to
 make one more) is handed to the first of them and is its own from that moment: nobody overtakes, and no waking is lost on somebody
 who has just left, since a task that is handed something cannot be cancelled out of having it.
 
@@ -20,8 +20,13 @@ import trio
 from sidecar.errors import NotSent, SidecarError
 from sidecar.wire.connector import Made, Proof
 from sidecar.wire.endpoints import Endpoints
+from sidecar.wire.h1_client import Known
 from sidecar.wire.pooled import KeptConnection, SharedConnection, Terms
+from sidecar.wire.recent import Recent
 from sidecar.wire.upstream import Upstream, UpstreamStream
+
+_MAX_RECENT = 64
+"""Heads of answers; most of them are out of use after a second, since they hold the time."""
 
 
 class Pool:
@@ -38,6 +43,7 @@ class Pool:
         """Places that are taken for connections that are not there yet."""
         self.shared: list[SharedConnection] = []
         self.used_at = terms.now
+        self.recent: Recent[Known] = Recent(_MAX_RECENT)
         self._open: set[KeptConnection] = set()
         self._idle: list[KeptConnection] = []
         """Of the open ones; the longest idle first."""
@@ -59,7 +65,13 @@ class Pool:
 
     @property
     def full(self) -> bool:
-        return bool(self._line) or len(self) >= self.terms.settings.max_connections
+        return bool(self._line) or not self._roomy
+
+    @property
+    def _roomy(self) -> bool:
+        """Whether one more may be made now."""
+        settings = self.terms.settings
+        return len(self) < settings.max_connections and self.connecting < settings.max_connecting
 
     # ── what serves the next request ────────────────────────────────────────────────────────────────────────────
 
@@ -103,17 +115,18 @@ class Pool:
     async def place(self, *, fresh: bool) -> UpstreamStream | None:
         """Wait in line for a stream, or for the right to make a connection (None), which `leave` gives back.
 
-        Raises `NotSent` with `upstream_overloaded` where that takes longer than `connect_timeout` or too many wait already.
+        Raises `NotSent` where that takes longer than `connect_timeout`, with `upstream_overloaded` at the bound of connections and
+        `upstream_connect_timeout` while others are being made; and with `upstream_overloaded` where too many wait already.
         """
         settings = self.terms.settings
         self.used_at = self.terms.now
         if not self._line:
             while self._idle and len(self) >= settings.max_connections:
                 self._idle.pop(0).close()  # whoever comes here has no use for what is idle
-            if len(self) < settings.max_connections:
+            if self._roomy:
                 self.connecting += 1
                 return None
-        if len(self._line) >= settings.max_connections:
+        if len(self) + len(self._line) >= 2 * settings.max_connections:
             raise NotSent("too many wait for a connection already", code="upstream_overloaded")
         waiter = _Waiter(fresh=fresh)
         self._line.append(waiter)
@@ -126,6 +139,8 @@ class Pool:
             with trio.fail_after(settings.connect_timeout):
                 await trio.lowlevel.wait_task_rescheduled(leave)
         except trio.TooSlowError as error:
+            if len(self) < settings.max_connections:
+                raise NotSent("no connection in time", code="upstream_connect_timeout", status=504) from error
             raise NotSent("no connection has become free in time", code="upstream_overloaded") from error
         return waiter.given
 
@@ -141,7 +156,7 @@ class Pool:
         for connection in self.shared:
             while self._line and connection.accepting and self._holds(connection.proof):
                 self._hand(connection.open())
-        while self._line and len(self) < self.terms.settings.max_connections:
+        while self._line and self._roomy:
             self.connecting += 1
             self._hand(None)
 
@@ -190,6 +205,7 @@ class Pool:
                 kept.close()
             if not self._idle and self.upstream.protocol != "h1":
                 self.h1_only = False
+            self.recent.forget()
         self.retire(lambda connection: connection.expires_at <= now)
         for shared in list(self.shared):
             shared.look(now)

@@ -15,9 +15,10 @@ from sidecar.model import Workload
 from sidecar.wire import tls
 from sidecar.wire.connector import Made
 from sidecar.wire.endpoints import Endpoint, Endpoints
-from sidecar.wire.h1_client import H1Connection
+from sidecar.wire.h1_client import H1Connection, Known
 from sidecar.wire.h2_client import H2Connection
 from sidecar.wire.h2_exchange import UpstreamExchange
+from sidecar.wire.recent import Recent
 from sidecar.wire.upstream import ClientSettings
 
 _JITTER = 0.1
@@ -48,6 +49,9 @@ class Home(Protocol):
     @property
     def terms(self) -> Terms: ...
 
+    @property
+    def recent(self) -> Recent[Known]: ...
+
     def give_back(self, kept: KeptConnection) -> None: ...
 
     def serve(self) -> None: ...
@@ -71,6 +75,7 @@ class KeptConnection(H1Connection):
             max_header_bytes=settings.max_header_bytes,
             max_header_fields=settings.max_header_fields,
             opened_at=trio.current_time(),
+            recent=pool.recent,
         )
         self.proof = made.proof
         self.endpoint = made.endpoint

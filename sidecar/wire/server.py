@@ -7,6 +7,7 @@ task but cancellation: its one catch-all is here.
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import time
@@ -20,16 +21,22 @@ from sidecar.errors import PeerRejected
 from sidecar.model import Address, Connection, ConnectionEnded, Mode, Outcome, Peer, Workload
 from sidecar.wire import h1_server, h2_server, tls
 from sidecar.wire.admission import Admission, Guest
-from sidecar.wire.h1_server import Answering, Handle, Limits, Served
+from sidecar.wire.h1_server import Answering, Handle, Known, Limits, Served
 from sidecar.wire.hangups import Hangups
 from sidecar.wire.listening import Listener, accept_forever
 from sidecar.wire.network import Stream, keep_alive
+from sidecar.wire.recent import Memories
 from sidecar.wire.settling import Refused, settle
+from sidecar.wire.turns import Turns
 
 _ENDED_PATIENCE, _UNANSWERED_PATIENCE = 1.0, 5.0
 """Seconds of silence, within an answer and before it, after which a client that has ended its side counts as gone."""
 _LOOK_OUT_INTERVAL = 0.5
 """Seconds; waits end at most that much late."""
+_FORGET = 60
+"""So many looks from one time that heads are forgotten to the next."""
+_MAX_HEADS, _MAX_HEADS_IN_ALL = 256, 2048
+"""Remembered of one client, and of all; a head with all that is made of it takes some 5 KB."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +78,8 @@ class Server:
         self._lives: dict[_Life, None] = {}
         self._admission = Admission()
         self._hangups = Hangups()
+        self._turns = Turns()
+        self._memories: Memories[Known] = Memories(max_heads=_MAX_HEADS, max_in_all=_MAX_HEADS_IN_ALL)
         self._accepting = False
         self._emptied = trio.Event()
         self._draining = False
@@ -89,11 +98,12 @@ class Server:
         async with trio.open_nursery() as nursery:
 
             def connected(sock: socket.socket, remote: Address) -> None:
-                life = _Life(connection_id=next(self._ids), remote=remote)
+                life = _Life(connection_id=next(self._ids), remote=remote, patience=self.settings.handshake_timeout)
                 self._lives[life] = None  # before the first wait: whoever waits for the last to end must know of it
                 nursery.start_soon(self._connection, sock, listener.address, life)
 
             await nursery.start(self._hangups.run)
+            nursery.start_soon(self._turns.run)
             nursery.start_soon(self._look_out)
             try:
                 await accept_forever(listener, connected, accept_failed, max_descriptor=self.settings.max_descriptor)
@@ -105,9 +115,11 @@ class Server:
 
     async def _look_out(self) -> None:
         """End the waits whose time is up, and h1 exchanges whose client went while there was none yet (`wire.hangups`)."""
-        while True:
+        for look in count(1):
             await trio.sleep(_LOOK_OUT_INTERVAL)
             now = trio.current_time()
+            if look % _FORGET == 0:
+                self._memories.forget()
             for life in list(self._lives):
                 if life.served is None or life.stream is None:
                     continue
@@ -144,7 +156,7 @@ class Server:
             with life.scope:
                 await self._live(sock, local, life)
             if life.scope.cancelled_caught:
-                life.ended("aborted", "reset_by_peer")
+                life.cut_off()
         except Exception as error:  # noqa: BLE001  (the one catch-all: a defect ends its connection, not the listener)
             life.failed(error)
         except BaseException:
@@ -167,18 +179,15 @@ class Server:
             life, life.remote.host,
             max_connections=settings.max_connections, max_connections_per_peer=settings.max_connections_per_peer,
         )  # fmt: skip
-        with trio.move_on_after(settings.handshake_timeout) as life.settling:
-            stream, buffer, connection = await settle(
-                sock, connection_id=life.connection_id, remote=life.remote, local=local, mode=settings.mode,
-                plaintext_peer=self._plaintext_peer, credentials=self._credentials,
-                linger_timeout=settings.limits.linger_timeout,
-            )  # fmt: skip
-        patience, life.settling = life.settling, None
-        if patience.cancelled_caught:
-            if life.evicted:
-                raise Refused("overloaded", "evicted")
-            raise Refused("handshake_failed", "handshake_timeout")
+        life.settling = life.scope
+        stream, buffer, connection = await settle(
+            sock, connection_id=life.connection_id, remote=life.remote, local=local, mode=settings.mode,
+            plaintext_peer=self._plaintext_peer, credentials=self._credentials,
+            linger_timeout=settings.limits.linger_timeout, turn=self._turns.of(life.remote.host),
+        )  # fmt: skip
         life.peer, life.stream = connection.peer, stream
+        if not life.scope.cancel_called:  # else the next wait is its last, and time was up before
+            life.settling, life.scope.deadline = None, math.inf
         try:
             self._admission.settled(
                 life, connection.peer, life.remote.host, max_connections_per_peer=settings.max_connections_per_peer
@@ -187,7 +196,12 @@ class Server:
             await stream.close_gently(settings.limits.linger_timeout)
             raise
         fresh = _Freshness(stream, connection, self._credentials)
-        life.served = Served(connection, self._handle, self.settings.limits, fresh, draining=self._draining)
+        limits = self.settings.limits
+        peer = connection.peer.id if isinstance(connection.peer, Workload) else connection.peer
+        recent = self._memories.of((
+            limits, peer, connection.remote.host, connection.local, connection.tls, connection.server_name,
+        ))  # fmt: skip
+        life.served = Served(connection, self._handle, limits, fresh, draining=self._draining, recent=recent)
         with self._hangups.watching(stream.fileno(), life.hang_up):
             await (h2_server if connection.protocol == "h2" else h1_server).serve(stream, buffer, life.served)
         if life.served.evicted:
@@ -197,10 +211,13 @@ class Server:
 class _Life(Guest):
     """What the record of a connection will say."""
 
-    def __init__(self, *, connection_id: str, remote: Address) -> None:
+    def __init__(self, *, connection_id: str, remote: Address, patience: float) -> None:
+        """`patience`: seconds until its peer must be settled."""
         self.connection_id = connection_id
         self.remote = remote
-        self.scope = trio.CancelScope()
+        self._started_at, self._started = time.time(), trio.current_time()
+        self.scope = trio.CancelScope(deadline=self._started + patience)
+        """What ends it: its deadline while its peer is not settled, then whoever has found out that the client has gone."""
         self.stream: Stream | None = None
         self.peer: Peer | None = None
         self.hung_up = False
@@ -208,10 +225,18 @@ class _Life(Guest):
         self._seen: tuple[Answering, int] | None = None
         """Of a client that has ended its side: its exchange, and how far the answer was at the last look."""
         self._quiet_since = 0.0
-        self._started_at, self._started = time.time(), trio.current_time()
         self._outcome: Outcome = "served"
         self._reason: str | None = None
         self._detail: str | None = None
+
+    def cut_off(self) -> None:
+        """Its scope was cancelled: while it was being settled by its deadline or to make room, else by `hang_up`."""
+        if self.settling is None:
+            self.ended("aborted", "reset_by_peer")
+        elif self.evicted:
+            self.ended("overloaded", "evicted")
+        else:
+            self.ended("handshake_failed", "handshake_timeout")
 
     def look(self, now: float) -> None:
         """See whether the client is still there to take its answer. One that has ended its side may be, and is waited for

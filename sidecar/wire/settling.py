@@ -12,6 +12,7 @@ from collections.abc import Callable
 from sidecar.model import Address, Connection, Mode, Outcome, Peer
 from sidecar.wire import tls
 from sidecar.wire.network import Stream, peek
+from sidecar.wire.turns import Turn
 
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
@@ -35,7 +36,7 @@ class Refused(Exception):
 
 async def settle(
     sock: socket.socket, *, connection_id: str, remote: Address, local: Address, mode: Mode | None, plaintext_peer: Peer,
-    credentials: Callable[[], tls.Credentials | None], linger_timeout: float,
+    credentials: Callable[[], tls.Credentials | None], linger_timeout: float, turn: Turn,
 ) -> tuple[Stream, bytearray, Connection]:  # fmt: skip
     """Find out who is there and what is spoken. Returns the stream, what was read of it already, and the settled peer.
 
@@ -59,7 +60,7 @@ async def settle(
     stream: Stream
     peer: Peer
     if in_use is not None:
-        secured = await tls.accept(sock, in_use.server_context, in_use.judge)
+        secured = await tls.accept(sock, in_use.server_context, in_use.judge, turn)
         stream, peer, server_name = secured, secured.peer, secured.server_name
         protocol = "h2" if secured.alpn == "h2" else "h1"
     else:

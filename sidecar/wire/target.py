@@ -19,9 +19,10 @@ import re
 from functools import lru_cache
 
 from sidecar.errors import ClientFault
-from sidecar.model import Target
+from sidecar.model import Target, maker
 
 MAX_QUERY_PAIRS = 1000
+_target = maker(Target)
 
 ASTERISK = Target(path="*", query=None, segments=())
 """The target of `OPTIONS *`: the server as a whole."""
@@ -115,7 +116,7 @@ def origin_form(raw: bytes, *, allow_encoded_slash: bool = False) -> Target:
     text = raw.decode("latin-1")
     if match := _PLAIN.fullmatch(text):
         path, query = match.groups()
-        return Target(path=path, query=query, segments=tuple(path[1:].split("/")) if path != "/" else ())
+        return _target(path=path, query=query, segments=tuple(path[1:].split("/")) if path != "/" else ())
     if text[:1] != "/":
         raise _fault("target_form_invalid")
     path, mark, rest = text.partition("?")

@@ -18,16 +18,21 @@ import socket
 import ssl
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import trio
 
 from sidecar.errors import NotSent, OperatorFault, PeerRejected, PlaintextOnly
 from sidecar.model import HandshakeFacts, Identity, SpiffeId, Workload
 from sidecar.wire.network import Stream, drop_input, peek, peek_now
+from sidecar.wire.turns import Turn
 
 Judge = Callable[[HandshakeFacts], Workload]
 Verify = Callable[[HandshakeFacts, Mapping[str, frozenset[bytes]], frozenset[SpiffeId] | None], Workload]
 """(facts, trust, allowed IDs) → the proven peer; raises `PeerRejected`. `identity.verify.judge` is it."""
+
+_MAX_JUDGED = 256
+"""Peers whose judgement is kept: some two kilobytes each."""
 
 HANDSHAKE_RECORD = b"\x16"
 _RECORDS = frozenset({b"\x14", b"\x15", b"\x16", b"\x17"})
@@ -57,7 +62,8 @@ class TlsStream(Stream):
 
     def __init__(self, sock: _Socket, facts: HandshakeFacts, peer: Workload) -> None:
         super().__init__(sock)
-        self._recv = sock.read
+        # What `read` and `send` of the socket call, without the two calls around it. `close` takes both away again.
+        self._recv, self._send = sock._sslobj.read, sock._sslobj.write  # type: ignore[attr-defined]
         self.alpn = sock.selected_alpn_protocol()
         self.server_name = sock.offered_name
         self.facts = facts
@@ -98,6 +104,8 @@ class Credentials:
         self.identity = identity
         self.server_context = _server_context(identity)
         self._verify = verify
+        self._judged: dict[tuple[str, bytes, bytes], Workload] = {}
+        """Who was proven by these facts under this trust, the latest last. It ends with the identity, and so with its trust."""
         self._clients: dict[tuple[str, ...], ssl.SSLContext] = {}
 
     @property
@@ -106,7 +114,14 @@ class Credentials:
 
     def judge(self, facts: HandshakeFacts, allowed: frozenset[SpiffeId] | None = None) -> Workload:
         """Return who the peer is, or raise `PeerRejected`. `allowed`: the IDs that will do; None for any that is proven."""
-        return self._verify(facts, self.identity.trust, allowed)
+        proven = (facts.side, facts.leaf, facts.anchor)
+        workload = None if facts.resumed else self._judged.pop(proven, None)
+        if workload is None or not (allowed is None or workload.id in allowed):
+            workload = self._verify(facts, self.identity.trust, allowed)
+        self._judged[proven] = workload
+        if len(self._judged) > _MAX_JUDGED:
+            del self._judged[next(iter(self._judged))]
+        return workload
 
     def client_context(self, alpn: tuple[str, ...]) -> ssl.SSLContext:
         context = self._clients.get(alpn)
@@ -115,9 +130,23 @@ class Credentials:
         return context
 
 
-async def accept(sock: socket.socket, context: ssl.SSLContext, judge: Judge) -> TlsStream:
+def web_context(ca: Path | None) -> ssl.SSLContext:
+    """For servers of the web PKI, proven by name: certified by `ca` (PEM), or by whom the system trusts.
+
+    Raises `OperatorFault` (`ca_unusable`).
+    """
+    try:
+        context = ssl.create_default_context(cafile=ca)
+    except (OSError, ssl.SSLError) as error:
+        raise OperatorFault(f"{ca}: {error}", code="ca_unusable") from error
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    return context
+
+
+async def accept(sock: socket.socket, context: ssl.SSLContext, judge: Judge, turn: Turn | None = None) -> TlsStream:
     """Do the server's side of a handshake and have the client judged. Raises `PeerRejected`; the caller bounds the time.
 
+    `turn` says when a step may be done; None: whenever there is something to do.
     The socket belongs to the call: it is closed, after the alert has had its time to arrive, if no stream is returned.
     """
     try:
@@ -125,7 +154,7 @@ async def accept(sock: socket.socket, context: ssl.SSLContext, judge: Judge) -> 
     except OSError as error:  # it was reset before we came to it
         sock.close()
         raise HandshakeFailed(str(error), code="handshake_aborted") from error
-    return await _shaken(wrapped, "server", judge)
+    return await _shaken(wrapped, "server", judge, turn)
 
 
 async def connect(sock: socket.socket, context: ssl.SSLContext, judge: Judge, server_name: str | None) -> TlsStream:
@@ -140,14 +169,14 @@ async def connect(sock: socket.socket, context: ssl.SSLContext, judge: Judge, se
     except OSError as error:
         sock.close()
         raise NotSent(str(error), code="upstream_reset") from error
-    return await _shaken(wrapped, "client", judge)
+    return await _shaken(wrapped, "client", judge, None)
 
 
-async def _shaken(sock: ssl.SSLSocket, side: str, judge: Judge) -> TlsStream:
+async def _shaken(sock: ssl.SSLSocket, side: str, judge: Judge, turn: Turn | None) -> TlsStream:
     assert isinstance(sock, _Socket)  # noqa: S101  (for the type checker: contexts of this file make no other)
     try:
         try:
-            await _handshake(sock, first_answer=side == "client")
+            await _handshake(sock, turn, first_answer=side == "client")
         except ssl.SSLError as error:
             raise HandshakeFailed(_told(error), code=_code(error)) from error
         except OSError as error:
@@ -164,15 +193,17 @@ async def _shaken(sock: ssl.SSLSocket, side: str, judge: Judge) -> TlsStream:
         raise
 
 
-async def _handshake(sock: _Socket, *, first_answer: bool) -> None:
+async def _handshake(sock: _Socket, turn: Turn | None, *, first_answer: bool) -> None:
     # What is not TLS must be told from what fails at TLS before OpenSSL has read it: its words for both vary. A server
     # that speaks first has said something already.
     if first_answer and (start := peek_now(sock)):
         _begins_record(start)
         first_answer = False
     while True:
+        if turn is not None:
+            await turn.wait()
         try:
-            sock.do_handshake()
+            _step(sock, turn)
         except ssl.SSLWantReadError:
             if first_answer:
                 if start := await peek(sock):
@@ -186,35 +217,49 @@ async def _handshake(sock: _Socket, *, first_answer: bool) -> None:
             return
 
 
+def _step(sock: _Socket, turn: Turn | None) -> None:
+    try:
+        sock.do_handshake()
+    finally:
+        if turn is not None:
+            turn.over()
+
+
 def _begins_record(start: bytes) -> None:
     if start not in _RECORDS:
         raise PlaintextOnly("the first byte of the answer begins no TLS record")
 
 
 def _facts(sock: _Socket, side: str) -> HandshakeFacts:
-    leaf = sock.getpeercert(binary_form=True)
-    chain = verified_chain(sock)
-    if leaf is None or not chain:
+    ends = verified_ends(sock)
+    if ends is None:
         # A resumed session has no chain; CERT_REQUIRED leaves no other way to come here.
         raise PeerRejected("no verified chain", code="session_resumed")
+    leaf, anchor = ends
     return HandshakeFacts(
-        side="server" if side == "server" else "client", leaf=leaf, anchor=chain[-1], resumed=bool(sock.session_reused)
+        side="server" if side == "server" else "client", leaf=leaf, anchor=anchor, resumed=bool(sock.session_reused)
     )
 
 
 if sys.version_info >= (3, 13):
 
-    def verified_chain(sock: ssl.SSLSocket) -> Sequence[bytes]:
-        """The chain that OpenSSL verified, leaf first, as DER."""
-        return sock.get_verified_chain()
+    def verified_ends(sock: ssl.SSLSocket) -> tuple[bytes, bytes] | None:
+        """Leaf and anchor of the chain that OpenSSL verified, as DER; None where it verified none."""
+        chain = sock.get_verified_chain()
+        return (chain[0], chain[-1]) if chain else None
 
 else:
     import _ssl
 
-    def verified_chain(sock: ssl.SSLSocket) -> Sequence[bytes]:
-        """The chain that OpenSSL verified, leaf first, as DER. No public way to it before Python 3.13."""
+    def verified_ends(sock: ssl.SSLSocket) -> tuple[bytes, bytes] | None:
+        """Leaf and anchor of the chain that OpenSSL verified, as DER; None where it verified none.
+
+        No public way to it before Python 3.13.
+        """
         chain = sock._sslobj.get_verified_chain()  # type: ignore[attr-defined]
-        return [certificate.public_bytes(_ssl.ENCODING_DER) for certificate in chain or ()]
+        if not chain:
+            return None
+        return chain[0].public_bytes(_ssl.ENCODING_DER), chain[-1].public_bytes(_ssl.ENCODING_DER)
 
 
 def _server_context(identity: Identity) -> ssl.SSLContext:

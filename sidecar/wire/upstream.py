@@ -5,7 +5,7 @@ Values and protocols only. `wire.client` is who hands out the streams.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from sidecar.model import Address, Body, ByteStream, Fields, RequestHead, ResponseHead, SpiffeId, Workload
@@ -22,6 +22,17 @@ class Upstream:
     server_name: str | None = None
     protocol: Literal["auto", "h1", "h2"] = "h1"
     """auto asks by ALPN, and is h1 without TLS."""
+    name: str = field(init=False, compare=False, repr=False)
+    """The address as it is written down."""
+    _hash: int = field(init=False, compare=False, repr=False)
+    """Each request looks for its pool by this, and hashing what holds frozen values costs a call for each of them."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", str(self.address))
+        object.__setattr__(self, "_hash", hash((self.address, self.tls, self.allowed, self.server_name, self.protocol)))
+
+    def __hash__(self) -> int:
+        return self._hash
 
 
 class UpstreamStream(Protocol):
@@ -79,7 +90,9 @@ class ClientSettings:
     keepalive_timeout: float = 60.0
     """A connection that has been quiet for so long is asked whether its peer is still there."""
     max_connections: int = 512
-    """Open or being made to one upstream; and as many requests may wait for one of them."""
+    """Open or being made to one upstream; and as many requests more may wait for one of them."""
+    max_connecting: int = 32
+    """Being made at once: a pool that has lost all it had, by a rotation or a restart, is refilled and not stormed."""
     max_idle: int = 256
     """Kept h1 connections per upstream."""
     max_failures: int = 5

@@ -1,4 +1,4 @@
-"""What operators hand us: the configuration's text (`sidecar.config`) and a folder of bundles (`sidecar.decision.policy`).
+"""What operators hand us: the configuration's text (`sidecar.config`).
 
 Any text is a configuration or a list of problems, each at a line that the text has. What was accepted is spelt as a
 request's head would be: an authority or a path prefix that no request can match would be a route to nowhere.
@@ -6,20 +6,11 @@ request's head would be: an authority or a path prefix that no request can match
 
 from __future__ import annotations
 
-import atexit
-import gzip
-import io
-import json
 import math
-import shutil
-import tarfile
-import tempfile
-from functools import cache
 from pathlib import Path
 
 from fuzz.registry import Target
 from sidecar import config
-from sidecar.decision import policy
 from sidecar.identity import spiffe
 from sidecar.wire import target
 
@@ -55,56 +46,6 @@ def configuration(data: bytes) -> bool:
         assert loaded.identity is not None
         assert loaded.identity.bundles
     return True
-
-
-def bundles(data: bytes) -> bool:
-    """A byte of flags (1: what follows is not packed yet), then a bundle that lies beside a sound one of serial 7."""
-    flags, raw = (data[0], data[1:]) if data else (0, b"")
-    folder = _folder()
-    strange = folder / "strange.tar.gz"
-    strange.write_bytes(gzip.compress(raw, 1, mtime=0) if flags & 1 else raw)
-    found = policy.candidates(policy.Policy(source=folder, keys={}, max_bundle_bytes=1 << 20))
-    assert sorted(found) == sorted([strange, folder / "sound.tar.gz"])
-    serial = policy._serial(strange, 1 << 20)
-    assert type(serial) is int
-    assert found[0] == (strange if serial >= 7 else folder / "sound.tar.gz"), "the highest serial comes first"
-    return serial != -1
-
-
-@cache
-def _folder() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="sidecar-fuzz-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    (folder / "sound.tar.gz").write_bytes(gzip.compress(_tar({"metadata": {"serial": 7}}), mtime=0))
-    return folder
-
-
-def _tar(manifest: object, name: str = ".manifest", kind: bytes = tarfile.REGTYPE) -> bytes:
-    packed = io.BytesIO()
-    body = json.dumps(manifest).encode()
-    with tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-        for each, content in (("/policy.rego", b"package a"), (name, body)):
-            member = tarfile.TarInfo(each)
-            member.size = len(content)
-            if each == name:
-                member.type = kind
-            archive.addfile(member, io.BytesIO(content))
-    return packed.getvalue().rstrip(b"\0") + bytes(1024)
-
-
-def _bundles_good() -> tuple[bytes, ...]:
-    unpacked = [_tar({"metadata": {"serial": 9}}), _tar({"revision": "r", "metadata": {"serial": 1}}, "./.manifest")]
-    return (*(b"\1" + one for one in unpacked), b"\0" + gzip.compress(unpacked[0], mtime=0))
-
-
-def _bundles_bad() -> tuple[bytes, ...]:
-    sound = _tar({"metadata": {"serial": 9}})
-    packed = gzip.compress(sound, mtime=0)
-    return (
-        b"", b"\0no archive", b"\1" + _tar({"metadata": {"serial": "9"}}), b"\1" + _tar([]), b"\1" + _tar({}), b"\1" + sound[:1100], b"\0" + packed[:-9],
-        b"\1" + _tar({"metadata": {"serial": 9}}, "other"), b"\1" + _tar(None, ".manifest", tarfile.SYMTYPE), b"\1" + _tar({"metadata": {"serial": True}}),
-        b"\1" + sound.replace(b'{"metadata"', b"[" * 11),
-    )  # fmt: skip
 
 
 WHOLE = b"""\
@@ -151,5 +92,4 @@ WORDS = (
 
 TARGETS = (
     Target(name="config.load", run=configuration, good=lambda: (WHOLE, EXTERNAL), bad=lambda: CONFIG_BAD, words=WORDS, max_bytes=2048, examples=100),
-    Target(name="policy.bundles", share=0.5, run=bundles, good=_bundles_good, bad=_bundles_bad, words=(b".manifest", b'{"metadata":{"serial":8}}', b"ustar\x0000", b"\0" * 512, b"\x1f\x8b\x08\0"), max_bytes=8192, examples=200),
 )  # fmt: skip

@@ -45,7 +45,8 @@ ROOMS = {
     "header_fields": ("headers.passage", "headers.traceparent", "h2.encoder"),
     "answers": ("decision.answer", "decision.question"),
     "identities": ("identity.spiffe", "identity.leaf", "identity.pem"),
-    "documents": ("config.load", "policy.bundles"),
+    "documents": ("config.load",),
+    "bundles": ("bundles.archive", "bundles.release", "bundles.signature"),
 }
 """Module → its targets. A fuzzer imports one module, which it has to instrument, and not all."""
 GUIDED_BY = {"h2_connections": ("sidecar", "h2")}

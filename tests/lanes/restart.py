@@ -1,6 +1,6 @@
 """Rolling restarts under load: a successor takes over from the sidecar that runs, again and again, and no request is lost.
 
-    PYTHONPATH=.:tests python -m lanes.restart [--restarts N]
+    PYTHONPATH=.:tests python -m lanes.restart [--restarts N] [--workers 1 3 2]
 
 One sidecar with real OPA stands between clients of every kind and servers that count what reaches them (`support.load`):
 callers over mTLS that keep a connection, that make one for each request, that wait between requests, that read slow
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -59,8 +59,9 @@ class Ports:
 
 
 async def run(
-    outcome: Outcome, live: stage.Live, ports: Ports, *, restarts: int, calm: float, say: Callable[[str], None]
-) -> None:
+    outcome: Outcome, live: stage.Live, ports: Ports, *, restarts: int, calm: float, say: Callable[[str], None],
+    workers: Sequence[int] = (1,),
+) -> None:  # fmt: skip
     """Put load on, restart so many times with `calm` seconds before each and after the last, and let what is open end."""
     tally = outcome.tally
     context = stage.client_context(live.directory / "caller")
@@ -96,6 +97,9 @@ async def run(
                 clients.start_soon(partial(keeper, tally, caller, "pausing", pause=0.7))
             await trio.sleep(calm)
             for number in range(1, restarts + 1):
+                configured = live.directory / "sidecar.yaml"
+                settings = {**json.loads(configured.read_text()), "workers": workers[number % len(workers)]}
+                configured.write_text(json.dumps(settings))
                 await _restart(outcome, live, f"{number}/{restarts}", say)
                 await trio.sleep(calm)
             tally.stopping = True
@@ -128,8 +132,10 @@ def start(directory: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, stderr=log)
 
 
-def perform(directory: Path, opa: Path, *, restarts: int, calm: float, say: Callable[[str], None]) -> Outcome:
-    """A whole run in an empty directory."""
+def perform(
+    directory: Path, opa: Path, *, restarts: int, calm: float, say: Callable[[str], None], workers: Sequence[int] = (1,)
+) -> Outcome:
+    """A whole run in an empty directory. `workers`: how many the first has, its successor, and so on in turn."""
     outcome = Outcome()
     ports = Ports(*(free_port() for _ in range(4)))
     settings = {
@@ -139,11 +145,12 @@ def perform(directory: Path, opa: Path, *, restarts: int, calm: float, say: Call
             "routes": [{"target": f"127.0.0.1:{ports.target}", "authority": HOST, "spiffe_ids": [CALLER]}],
         },
         "timeouts": {"drain": 20, "drain_idle": 2},
+        "workers": workers[0],
     }
     with stage.running(directory, opa, **settings) as live:
         first = live.process
         try:
-            trio.run(partial(run, outcome, live, ports, restarts=restarts, calm=calm, say=say))
+            trio.run(partial(run, outcome, live, ports, restarts=restarts, calm=calm, say=say, workers=workers))
         finally:
             if live.process is not first:
                 live.process.terminate()
@@ -167,6 +174,7 @@ def _say(line: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="lanes.restart", description="rolling restarts under load")
     parser.add_argument("--restarts", type=int, default=5)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1], help="of the first, of its successor, and so on")
     parser.add_argument("--calm", type=float, default=3.0, help="seconds of load between restarts")
     arguments = parser.parse_args()
     opa = install.find()
@@ -174,7 +182,9 @@ def main() -> int:
         _say("OPA is not installed: run `sidecar opa install`")
         return 1
     with tempfile.TemporaryDirectory() as directory:
-        outcome = perform(Path(directory), opa, restarts=arguments.restarts, calm=arguments.calm, say=_say)
+        outcome = perform(
+            Path(directory), opa, restarts=arguments.restarts, calm=arguments.calm, say=_say, workers=arguments.workers
+        )
     _say("sent, by kind: " + json.dumps(dict(sorted(outcome.tally.sent.items()))))
     for complaint in outcome.complaints:
         _say(complaint)

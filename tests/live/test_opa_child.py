@@ -23,16 +23,15 @@ import trio
 
 from sidecar.decision.engine import DEFAULT_TIMING, Engine, Timing
 from sidecar.decision.external import External
-from sidecar.decision.policy import Policy
 from sidecar.errors import NoDecision, OperatorFault
-from sidecar.model import Allow, Deny
+from sidecar.model import Allow, Deny, PolicyBundle
 from sidecar.wire.network import TcpNetwork
 from support.questions import asking
 from support.signed import Signer
 
 pytestmark = pytest.mark.live
 
-QUICK = Timing(liveness_interval=0.1, liveness_timeout=2.0, first_backoff=0.05, max_backoff=0.2, poll_interval=0.05)
+QUICK = Timing(liveness_interval=0.1, liveness_timeout=2.0, first_backoff=0.05, max_backoff=0.2)
 CLOSED = """package sidecar.inbound
 
 decision := {"allow": false, "reason": "closed", "rule": "closed"}
@@ -57,23 +56,24 @@ class House:
         self.opa = opa
         self.signer = Signer(opa, tmp_path / "work")
         self.bundle = self.signer.bundle(tmp_path / "bundle.tar.gz")
-        self.policy = self.signer.policy(self.bundle)
         self.runtime = tmp_path / "run"
         self.told = Told()
 
-    def engine(
-        self, policy: Policy | None = None, timing: Timing = QUICK, decision_timeout: float = 5.0, **more: Any
-    ) -> Engine:
+    def engine(self, timing: Timing = QUICK, decision_timeout: float = 5.0, **more: Any) -> Engine:
         return Engine(
-            policy or self.policy, TcpNetwork(), runtime_dir=self.runtime, binary=self.opa, log=self.told,
-            timing=timing, decision_timeout=decision_timeout, **more,
+            TcpNetwork(), runtime_dir=self.runtime, binary=self.opa, log=self.told, timing=timing,
+            decision_timeout=decision_timeout, **more,
         )  # fmt: skip
 
+    def handed(self, *, revision: str = "r1") -> PolicyBundle:
+        return self.signer.handed(self.bundle, revision=revision)
+
     @asynccontextmanager
-    async def running(self, policy: Policy | None = None, **more: Any) -> AsyncIterator[Engine]:
-        engine = self.engine(policy, **more)
+    async def running(self, **more: Any) -> AsyncIterator[Engine]:
+        engine = self.engine(**more)
         async with trio.open_nursery() as nursery:
             await nursery.start(engine.run)
+            await engine.activate(self.handed())
             yield engine
             await engine.stop()
         assert engine.state == "stopped"
@@ -81,15 +81,19 @@ class House:
         for started in self.told.named("opa.started"):
             assert not alive(started["pid"])
 
-    async def refused(self, policy: Policy | None = None) -> str:
-        engine = self.engine(policy)
-        with pytest.raises(OperatorFault) as caught:
-            await engine.run()
-        assert caught.value.code == "bundle_refused"
-        assert engine.state == "refused"
-        assert self.told.named("opa.started") == []
-        with pytest.raises(NoDecision):
-            await engine.decide(asking("/allow"))
+    async def refused(self, handed: PolicyBundle | None = None) -> str:
+        """What OPA has against the bundle, or one that was `handed` on without a look at it."""
+        engine = self.engine()
+        async with trio.open_nursery() as nursery:
+            await nursery.start(engine.run)
+            with pytest.raises(OperatorFault) as caught:
+                await engine.activate(handed or self.handed())
+            assert caught.value.code == "bundle_refused"
+            assert (engine.state, engine.bundle) == ("starting", None)
+            assert self.told.named("opa.started") == []
+            with pytest.raises(NoDecision):
+                await engine.decide(asking("/allow"))
+            await engine.stop()
         return str(caught.value)
 
 
@@ -134,7 +138,7 @@ def pid_of(house: House) -> int:
 async def test_it_serves_from_a_directory_that_is_ours_alone(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET_OF_OURS", "s3cret")
     async with house.running() as engine:
-        assert (engine.state, engine.bundle_revision, engine.bundle_error, engine.restarts) == ("ok", "r1", None, 0)
+        assert (engine.state, engine.bundle_revision, engine.restarts) == ("ok", "r1", 0)
         assert type(await engine.decide(asking("/allow"))) is Allow
         [directory] = house.runtime.iterdir()
         assert stat.S_IMODE(directory.stat().st_mode) == 0o700
@@ -214,7 +218,7 @@ async def test_a_hung_one_is_killed_and_replaced_and_no_question_waits_beyond_it
 
 
 async def test_a_crash_comes_back_with_the_bundle_that_was_accepted_not_with_what_lies_there_now(house: House) -> None:
-    async with house.running(timing=Timing(first_backoff=0.05, poll_interval=1000)) as engine:
+    async with house.running(timing=QUICK) as engine:
         house.signer.bundle(house.bundle, signed=False, rego=CLOSED)
         os.kill(pid_of(house), signal.SIGKILL)
         await until(lambda: engine.restarts == 1)
@@ -329,19 +333,22 @@ async def test_a_signature_by_an_unknown_key_id_is_refused(house: House, tmp_pat
 async def test_a_signature_for_another_scope_is_refused(house: House) -> None:
     house.signer.scope = "elsewhere"
     house.signer.bundle(house.bundle)
-    assert "scope" in await house.refused()
+    assert "scope" in await house.refused(replace(house.handed(), scope="sidecar"))
 
 
 async def test_without_any_key_nothing_is_accepted(house: House) -> None:
     for signed in (True, False):
         house.signer.bundle(house.bundle, signed=signed)
-        with pytest.raises(OperatorFault, match="no verification keys"):
-            await house.engine(Policy(source=house.bundle, keys={})).run()
+        async with trio.open_nursery() as nursery:
+            engine = house.engine()
+            await nursery.start(engine.run)
+            with pytest.raises(OperatorFault, match="no verification keys"):
+                await engine.activate(replace(house.handed(), keys={}))
+            await engine.stop()
 
 
 async def test_a_key_that_is_none_is_refused(house: House) -> None:
-    policy = Policy(source=house.bundle, keys={"release-1": ("ES256", b"garbage")})
-    assert "PEM" in await house.refused(policy)
+    assert "PEM" in await house.refused(replace(house.handed(), keys={"release-1": ("ES256", b"garbage")}))
 
 
 async def test_what_is_no_bundle_is_refused(house: House) -> None:
@@ -355,34 +362,14 @@ async def test_a_bundle_without_revision_is_refused(house: House) -> None:
     assert await house.refused() == "its manifest states no revision"
 
 
-async def test_of_a_directory_the_newest_that_verifies_wins_and_the_others_are_told(
-    house: House, tmp_path: Path
-) -> None:
-    place = tmp_path / "bundles"
-    place.mkdir()
-    house.signer.bundle(place / "1.tar.gz", revision="one", serial=1)
-    house.signer.bundle(place / "2.tar.gz", revision="two", serial=2)
-    house.signer.bundle(place / "3.tar.gz", revision="three", serial=3, signed=False)
-    Signer(house.opa, tmp_path / "other").bundle(place / "4.tar.gz", revision="four", serial=4)
-    async with house.running(house.signer.policy(place)) as engine:
-        assert engine.bundle_revision == "two"
-        skipped = [Path(told["source"]).name for told in house.told.named("bundle.skipped")]
-        assert skipped == ["4.tar.gz", "3.tar.gz"]
-        house.signer.bundle(place / "5.tar.gz", revision="five", serial=5)
-        await until(lambda: engine.bundle_revision == "five")
-    (place / "1.tar.gz").unlink()
-    (place / "2.tar.gz").unlink()
-    (place / "5.tar.gz").unlink()
-    house.told.events.clear()
-    said = await house.refused(house.signer.policy(place))
-    assert "4.tar.gz: " in said
-    assert "3.tar.gz: " in said
+async def test_a_bundle_that_is_not_what_it_was_handed_on_as_is_refused(house: House) -> None:
+    assert await house.refused(house.handed(revision="r9")) == "OPA runs 'r1', and was handed 'r9'"
 
 
 # ── what changes while it runs ────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_changed_file_is_taken_up_and_no_decision_is_lost(house: House) -> None:
+async def test_another_bundle_takes_over_and_no_decision_is_lost(house: House) -> None:
     seen: list[str] = []
 
     async def ask(engine: Engine) -> None:
@@ -397,7 +384,8 @@ async def test_a_changed_file_is_taken_up_and_no_decision_is_lost(house: House) 
                 nursery.start_soon(ask, engine)
             first = pid_of(house)
             await trio.to_thread.run_sync(lambda: house.signer.bundle(house.bundle, revision="r2", rego=CLOSED))
-            await until(lambda: engine.bundle_revision == "r2")
+            await engine.activate(house.handed(revision="r2"))
+            assert engine.bundle_revision == "r2"
             await until(lambda: not alive(first))
             count = len(seen)
             await until(lambda: len(seen) > count + 50)
@@ -408,66 +396,39 @@ async def test_a_changed_file_is_taken_up_and_no_decision_is_lost(house: House) 
         assert [told["revision"] for told in house.told.named("bundle.activated")] == ["r1", "r2"]
 
 
-async def refusal(house: House, engine: Engine, change: Callable[[], Any]) -> str:
-    change()
-    await until(lambda: engine.bundle_error is not None)
-    return engine.bundle_error or ""
-
-
-async def test_a_refused_change_leaves_the_old_one_and_is_told_once(house: House, tmp_path: Path) -> None:
+async def test_a_refused_bundle_leaves_the_old_one(house: House, tmp_path: Path) -> None:
     async with house.running() as engine:
-        good = house.bundle.read_bytes()
         first = pid_of(house)
+        good = house.bundle.read_bytes()
         for change, reason in (
-            (lambda: house.bundle.write_bytes(altered(house.bundle)), ""),
+            (lambda: house.bundle.write_bytes(altered(house.bundle)), "policy.rego"),
             (lambda: house.signer.bundle(house.bundle, signed=False), ".signatures.json"),
             (lambda: Signer(house.opa, tmp_path / "other").bundle(house.bundle), "verif"),
-            (house.bundle.unlink, str(house.bundle)),
         ):
-            assert reason in await refusal(house, engine, change)
-            await trio.sleep(5 * QUICK.poll_interval)
-            assert len(house.told.named("bundle.refused")) == 1
+            change()
+            with pytest.raises(OperatorFault, match=reason) as caught:
+                await engine.activate(house.handed())
+            assert caught.value.code == "bundle_refused"
             assert (engine.state, engine.bundle_revision) == ("ok", "r1")
             assert type(await engine.decide(asking("/allow"))) is Allow
             house.bundle.write_bytes(good)
-            await until(lambda: engine.bundle_error is None)
-            house.told.events.clear()
+        await engine.activate(house.handed())
         assert engine.restarts == 0
         assert engine._running is not None
-        assert engine._running.child.pid == first  # what came back is what was there: no new process for it
-        house.signer.bundle(house.bundle, revision="r2")
-        await until(lambda: engine.bundle_revision == "r2")
+        assert engine._running.child.pid == first  # what runs already needs no new process
 
 
-async def test_a_reload_with_other_keys_is_taken_or_refused_whole(house: House, tmp_path: Path) -> None:
+async def test_other_keys_are_taken_or_refused_whole(house: House, tmp_path: Path) -> None:
     other = Signer(house.opa, tmp_path / "other", key_id="release-2")
     async with house.running() as engine:
         with pytest.raises(OperatorFault) as caught:
-            await engine.reload(other.policy(house.bundle))
+            await engine.activate(other.handed(house.bundle))
         assert caught.value.code == "bundle_refused"
-        assert engine.bundle_error == str(caught.value)
         assert type(await engine.decide(asking("/allow"))) is Allow
-        await engine.reload()
-        assert engine.bundle_error is None
-
-        house.told.events.clear()
-        good = house.bundle.read_bytes()
-        house.bundle.write_bytes(altered(house.bundle))
-        with pytest.raises(OperatorFault):
-            await engine.reload()
-        await trio.sleep(5 * QUICK.poll_interval)
-        assert len(house.told.named("bundle.refused")) == 1
-        house.bundle.write_bytes(good)
-        await until(lambda: engine.bundle_error is None)
-
-        fresh = other.bundle(tmp_path / "fresh.tar.gz", revision="r2")
-        await engine.reload(other.policy(fresh))
-        assert (engine.bundle_revision, engine.bundle_error) == ("r2", None)
-        started = len(house.told.named("opa.started"))
-        await engine.reload(other.policy(fresh))  # nothing has changed
-        assert len(house.told.named("opa.started")) == started
-        other.bundle(fresh, revision="r3")
-        await until(lambda: engine.bundle_revision == "r3")
+        await engine.activate(replace(house.handed(), keys=house.handed().keys | other.handed(house.bundle).keys))
+        assert len(house.told.named("opa.started")) == 2
+        await engine.activate(other.handed(other.bundle(tmp_path / "fresh.tar.gz", revision="r2"), revision="r2"))
+        assert engine.bundle_revision == "r2"
 
 
 async def test_a_question_in_flight_is_answered_by_the_one_that_it_was_asked(house: House) -> None:
@@ -481,7 +442,7 @@ async def test_a_question_in_flight_is_answered_by_the_one_that_it_was_asked(hou
             nursery.start_soon(ask, engine)
             await trio.sleep(0.05)
             house.signer.bundle(house.bundle, revision="r2", rego=CLOSED)
-            await engine.reload()
+            await engine.activate(house.handed(revision="r2"))
             assert (await engine.decide(asking("/slow"))).revision == "r2"
             assert decisions == []
         assert decisions[0].revision == "r1"
@@ -494,7 +455,7 @@ async def test_a_stop_while_it_is_being_replaced_leaves_nothing(house: House) ->
     async with house.running() as engine:
         house.signer.bundle(house.bundle, revision="r2")
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(engine.reload)
+            nursery.start_soon(engine.activate, house.handed(revision="r2"))
             await trio.sleep(0.02)
             nursery.cancel_scope.cancel()
         assert engine.bundle_revision in ("r1", "r2")

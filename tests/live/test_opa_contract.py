@@ -56,12 +56,11 @@ async def policy(binary: Path | None, tmp_path: Path) -> AsyncIterator[DecisionP
         return
     signer = Signer(binary, tmp_path / "work")
     engine = Engine(
-        signer.policy(signer.bundle(tmp_path / "bundle.tar.gz")), TcpNetwork(),
-        runtime_dir=tmp_path / "run", binary=binary, log=lambda *_, **__: None,
-        decision_timeout=2.0,
-    )  # fmt: skip
+        TcpNetwork(), runtime_dir=tmp_path / "run", binary=binary, log=lambda *_, **__: None, decision_timeout=2.0
+    )
     async with trio.open_nursery() as nursery:
         await nursery.start(engine.run)
+        await engine.activate(signer.handed(signer.bundle(tmp_path / "bundle.tar.gz")))
         yield engine
         await engine.stop()
 

@@ -23,7 +23,8 @@ import jsonschema
 import pytest
 
 from examples.demo import bundle
-from sidecar.decision.policy import Policy, configuration
+from sidecar.decision.policy import configuration
+from sidecar.model import PolicyBundle
 from support import live as sidecars
 
 pytestmark = pytest.mark.live
@@ -42,8 +43,9 @@ DATA: dict[str, Any] = {
     }
 }
 FILES = {
-    "/.manifest", "/.signatures.json", "/data.json", "/sidecar/access/access.rego", "/sidecar/inbound/inbound.rego",
-    "/sidecar/lint/lint.rego", "/sidecar/match/match.rego", "/sidecar/outbound/outbound.rego",
+    "/.manifest", "/.signatures.json", "/data.json",
+    *(f"/sidecar/{name}/{name}.rego" for name in (
+        "access", "batch", "callers", "egress", "fleet", "inbound", "lint", "match", "outbound", "teams")),
 }  # fmt: skip
 
 
@@ -120,7 +122,8 @@ class Release:
 
     def accepted_by(self, path: Path) -> dict[str, object]:
         keys = {"release-1": ("ES256", self.public.read_bytes())}
-        return configuration(Policy(source=path, keys=keys), path)
+        handed = PolicyBundle(archive=b"", revision="r7", serial=7, created=0.0, digest="", keys=keys, scope="sidecar")
+        return configuration(handed, path)
 
 
 @pytest.fixture
@@ -152,7 +155,7 @@ def flipped(name: str) -> Callable[[Path], Path]:
     old, new = {
         "/.manifest": (b'"serial":7', b'"serial":8'),
         "/data.json": (b"/budget/*", b"/badget/*"),
-        "/sidecar/inbound/inbound.rego": (b'verdict[0] == "granted"', b'verdict[0] == "grunted"'),
+        "/sidecar/inbound/inbound.rego": (b'["granted", role]', b'["grunted", role]'),
     }[name]
 
     def change(found: str, content: bytes) -> bytes:
@@ -199,6 +202,8 @@ def test_signed_library_decides_under_its_revision(release: Release) -> None:
         ("inbound", False): (False, "rbac/anonymous"),
         ("outbound", True): (True, "outbound/route/backend"),
         ("outbound", False): (False, "outbound/plaintext"),
+        ("egress", True): (False, "egress/unbound"),
+        ("fleet", True): (False, "fleet/unbound"),
     }
 
 
@@ -245,7 +250,7 @@ def test_bundle_holds_rules_and_data_without_tests_and_schemas(release: Release)
         assert set(archive.getnames()) == FILES
         manifest = json.load(archive.extractfile("/.manifest"))  # type: ignore[arg-type]
         assert json.load(archive.extractfile("/data.json")) == DATA  # type: ignore[arg-type]
-    assert (manifest["revision"], manifest["roots"], manifest["metadata"]["serial"]) == ("r12", ["sidecar"], 12)
+    assert (manifest["revision"], manifest["roots"], manifest["metadata"]["serial"]) == ("r12", ["sidecar", "team"], 12)
 
 
 @pytest.mark.parametrize(
@@ -284,16 +289,22 @@ def test_private_key_is_for_its_owner_and_never_overwritten(tmp_path: Path) -> N
     assert private.read_bytes() == before
 
 
+def _break_the_source(live: sidecars.Live) -> Path:
+    """One bit of its bundle; returns the configuration."""
+    config = live.directory / "sidecar.yaml"
+    source = live.directory / json.loads(config.read_text())["policy"]["source"]
+    data = bytearray(source.read_bytes())
+    data[len(data) // 2] ^= 1
+    source.write_bytes(data)
+    return config
+
+
 def test_a_refused_start_names_the_key_of_the_configuration(tmp_path: Path, opa: Path) -> None:
     """Through the program itself: exit code 1, one sentence, no traceback, and the dotted path."""
     with sidecars.running(tmp_path, opa) as live:
-        config = live.directory / "sidecar.yaml"
-        settings = json.loads(config.read_text())
-    bundle = Path(settings["policy"]["source"])
-    bundle = bundle if bundle.is_absolute() else live.directory / bundle
-    data = bytearray(bundle.read_bytes())
-    data[len(data) // 2] ^= 1
-    bundle.write_bytes(data)
+        pass
+    config = _break_the_source(live)
+    shutil.rmtree(live.directory / "state")
     done = subprocess.run(
         [sys.executable, "-m", "sidecar", "run", "--config", str(config)],
         capture_output=True, text=True, timeout=60, check=False,
@@ -301,3 +312,26 @@ def test_a_refused_start_names_the_key_of_the_configuration(tmp_path: Path, opa:
     assert done.returncode == 1
     assert "policy.source: " in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_restart_whose_source_is_broken_runs_the_last_good_bundle_and_says_so(tmp_path: Path, opa: Path) -> None:
+    with sidecars.running(tmp_path, opa) as live:
+        pass
+    config = _break_the_source(live)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sidecar", "run", "--config", str(config)], stderr=subprocess.PIPE, text=True
+    )
+    seen: list[dict[str, Any]] = []
+    try:
+        assert process.stderr is not None
+        for line in process.stderr:
+            seen.append(json.loads(line))
+            if seen[-1]["event"] == "sidecar.started":
+                break
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
+    events = {one["event"]: one for one in seen}
+    assert "sidecar.started" in events, seen
+    assert events["bundle.refused"]["code"] == "bundle_malformed"
+    assert events["bundle.activated"]["serial"] == 1

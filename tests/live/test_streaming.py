@@ -7,19 +7,17 @@ would make of it. A message that was cut short must look so at the other end, in
 from __future__ import annotations
 
 import http.client
-import queue
 import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import pytest
 
-from support import h2_client, pair
+from support import h2_client
 from support.by_hand import Agent, Play, Wire
-from support.pair import HOST_A, HOST_B, NAME_B, PATIENCE, Pair
+from support.pair import HOST_A, HOST_B, PATIENCE, Pair
 
 pytestmark = pytest.mark.live
 
@@ -31,26 +29,6 @@ LARGE = bytes(range(256)) * (4 * MIB // 256)
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
 
 
-@pytest.fixture(scope="module")
-def both(opa: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    with pair.running(tmp_path_factory.mktemp("streaming"), opa, timeouts={"lingering": 0.5, "drain": 2}) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def server(both: Pair) -> Iterator[Agent]:
-    agent = Agent(both.agent)
-    yield agent
-    agent.listener.close()
-
-
-@pytest.fixture
-def agent(server: Agent, both: Pair) -> Iterator[Agent]:
-    server.plays, server.met = {}, queue.SimpleQueue()
-    yield server
-    assert both.defects() == []
-
-
 # ── the clients ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -59,14 +37,6 @@ def raw(both: Pair, agent: Agent) -> Iterator[Wire]:
     """Agent A's side, by hand."""
     with both.connect() as sock:
         yield Wire(sock)
-
-
-@pytest.fixture(params=["strict", "outbound"])
-def h2(request: pytest.FixtureRequest, both: Pair, agent: Agent) -> Iterator[h2_client.Client]:
-    """`strict`: of a workload, by mTLS to sidecar B. `outbound`: of agent A, by prior knowledge, through both sidecars."""
-    scheme, authority = ("https", NAME_B) if request.param == "strict" else ("http", "localhost")
-    with h2_client.Client(both.connect(request.param, alpn="h2"), authority=authority, scheme=scheme) as client:
-        yield client
 
 
 @pytest.fixture(params=["h1", "h2"])

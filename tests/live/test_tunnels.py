@@ -5,17 +5,15 @@ The agent speaks HTTP/1.1. The caller does too, or asks by extended CONNECT (RFC
 
 from __future__ import annotations
 
-import queue
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
-from support import h2_client, pair
+from support import h2_client
 from support.by_hand import Agent, Wire
-from support.pair import NAME_B, PATIENCE, Pair
+from support.pair import PATIENCE, Pair
 
 pytestmark = pytest.mark.live
 
@@ -25,34 +23,6 @@ LARGE = bytes(range(256)) * (4 * MIB // 256)
 
 
 # ── the stage ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.fixture(scope="module")
-def both(opa: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    with pair.running(tmp_path_factory.mktemp("tunnels"), opa, timeouts={"lingering": 0.5, "drain": 2}) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def server(both: Pair) -> Iterator[Agent]:
-    agent = Agent(both.agent)
-    yield agent
-    agent.listener.close()
-
-
-@pytest.fixture
-def agent(server: Agent, both: Pair) -> Iterator[Agent]:
-    server.plays, server.met = {}, queue.SimpleQueue()
-    yield server
-    assert both.defects() == []
-
-
-@pytest.fixture(params=["strict", "outbound"])
-def h2(request: pytest.FixtureRequest, both: Pair, agent: Agent) -> Iterator[h2_client.Client]:
-    """`strict`: of a workload, by mTLS to sidecar B. `outbound`: of agent A, by prior knowledge, through both sidecars."""
-    scheme, authority = ("https", NAME_B) if request.param == "strict" else ("http", "localhost")
-    with h2_client.Client(both.connect(request.param, alpn="h2"), authority=authority, scheme=scheme) as client:
-        yield client
 
 
 # ── over HTTP/1.1 ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -30,7 +30,7 @@ from wsproto.events import Event as WebSocketEvent
 
 from support import h2_client, pair
 from support.h2_client import Answer
-from support.pair import HOST_A, HOST_B, NAME_B, PATIENCE, Pair, wait_until
+from support.pair import HOST_A, HOST_B, PATIENCE, Pair, wait_until
 
 pytestmark = pytest.mark.live
 
@@ -305,15 +305,6 @@ class Tunnel:
         if fresh:
             self._websocket.receive_data(fresh)
         return self._websocket.events()
-
-
-@pytest.fixture(params=["strict", "outbound"])
-def h2(request: pytest.FixtureRequest, both: Pair, agent: Agent) -> Iterator[h2_client.Client]:
-    """`strict`: of a workload, by mTLS to sidecar B. `outbound`: of agent A, by prior knowledge, through both sidecars."""
-    sock = both.connect(request.param, alpn="h2")
-    scheme, authority = ("https", NAME_B) if request.param == "strict" else ("http", "localhost")
-    with h2_client.Client(sock, authority=authority, scheme=scheme) as client:
-        yield client
 
 
 def test_h2_server_says_that_it_takes_extended_connect(h2: h2_client.Client) -> None:

@@ -26,6 +26,7 @@ from sidecar.wire.answers import Whole
 from sidecar.wire.h1_server import Limits, Served
 from sidecar.wire.h2_client import H2Connection
 from sidecar.wire.h2_exchange import UpstreamExchange
+from sidecar.wire.network import Stream
 from support.h2_frames import Peer, SettingsFrame, stream_pair
 
 SHORT = Limits(idle_timeout=60.0, header_timeout=5.0, linger_timeout=0.5)
@@ -83,6 +84,22 @@ async def answer(_: Connection, request: Request, reply: Reply) -> None:
     await reply.send(ok())
 
 
+@asynccontextmanager
+async def _until_over(
+    run: Callable[[], Awaitable[None]], look_out: Callable[[], Awaitable[None]], theirs: Stream, over: trio.Event
+) -> AsyncIterator[None]:
+    """Run our side and its clock while the test is the other; then close that, and wait until ours is over too."""
+    with trio.fail_after(_PATIENCE):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(run)
+            nursery.start_soon(look_out)
+            try:
+                yield
+            finally:
+                theirs.close()
+            await over.wait()
+
+
 @dataclass
 class Serving:
     peer: Peer
@@ -121,20 +138,13 @@ async def serving(
             await trio.sleep(0.5)
             served.check(trio.current_time())
 
-    with trio.fail_after(_PATIENCE):
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(run)
-            nursery.start_soon(look_out)
-            if start:
-                await talk.peer.start(None if window is None else {SettingsFrame.INITIAL_WINDOW_SIZE: window})
-            try:
-                yield talk
-            finally:
-                theirs.close()
-            await talk.over.wait()
-            assert served.idle is None
-            assert served.on_drain is None
-            assert served.on_look is None
+    async with _until_over(run, look_out, theirs, talk.over):
+        if start:
+            await talk.peer.start(None if window is None else {SettingsFrame.INITIAL_WINDOW_SIZE: window})
+        yield talk
+    assert served.idle is None
+    assert served.on_drain is None
+    assert served.on_look is None
 
 
 def request(method: str = "GET", path: bytes = b"/items", upgrade: str | None = None) -> RequestHead:
@@ -180,18 +190,11 @@ async def talking(
             await trio.sleep(1)
             connection.look(trio.current_time())
 
-    with trio.fail_after(_PATIENCE):
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(run)
-            nursery.start_soon(look_out)
-            if start:
-                await talk.peer.start(settings, preface=False)
-                await talk.peer.settle()
-            try:
-                yield talk
-            finally:
-                theirs.close()
-            await talk.over.wait()
+    async with _until_over(run, look_out, theirs, talk.over):
+        if start:
+            await talk.peer.start(settings, preface=False)
+            await talk.peer.settle()
+        yield talk
     assert not connection.accepting
     assert not connection.channels
 

@@ -197,6 +197,8 @@ class Live:
         """What both logs say since they were last asked."""
         told = ""
         for name in ("access.log", "sidecar.log"):
+            if not (self.directory / name).exists():
+                continue  # it has not come so far
             with (self.directory / name).open("rb") as log:
                 log.seek(self._read.get(name, 0))
                 told += log.read().decode("utf-8", "backslashreplace")

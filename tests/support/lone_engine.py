@@ -11,19 +11,26 @@ from pathlib import Path
 import trio
 
 from sidecar.decision.engine import Engine
-from sidecar.decision.policy import Policy
+from sidecar.model import PolicyBundle
 from sidecar.wire.network import TcpNetwork
 
 
-async def main(opa: Path, policy: Policy, runtime_dir: Path) -> None:
+async def main(opa: Path, bundle: PolicyBundle, runtime_dir: Path) -> None:
     def log(event: str, _level: str, **fields: object) -> None:
         if event == "opa.started":
             sys.stdout.write(f"{fields['pid']}\n")
             sys.stdout.flush()
 
-    await Engine(policy, TcpNetwork(), runtime_dir=runtime_dir, binary=opa, log=log).run()
+    engine = Engine(TcpNetwork(), runtime_dir=runtime_dir, binary=opa, log=log)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(engine.run)
+        await engine.activate(bundle)
 
 
 if __name__ == "__main__":
     opa, bundle, key, runtime_dir = map(Path, sys.argv[1:])
-    trio.run(main, opa, Policy(source=bundle, keys={"release-1": ("ES256", key.read_bytes())}), runtime_dir)
+    keys = {"release-1": ("ES256", key.read_bytes())}
+    handed = PolicyBundle(
+        archive=bundle.read_bytes(), revision="r1", serial=1, created=0.0, digest="", keys=keys, scope="sidecar"
+    )
+    trio.run(main, opa, handed, runtime_dir)

@@ -6,6 +6,7 @@ from typing import Any
 from sidecar.model import (
     Address,
     Allow,
+    CacheUse,
     ConnectionEnded,
     Decided,
     Exchange,
@@ -90,6 +91,7 @@ _STATUS = Status(
     opa_restarts=0,
     listeners=True,
     draining=False,
+    cache=CacheUse(hits=70, shared=3, misses=20, bypassed=7, evicted=2, entries=18, bytes=18_432),
 )
 
 

@@ -35,6 +35,11 @@ def test_the_page_lists_the_dependencies_of_the_product() -> None:
     assert sorted(listed) == sorted(names(PYPROJECT["project"]["dependencies"]))
 
 
+def test_the_page_lists_what_the_bundle_server_needs_besides() -> None:
+    listed = [name(row[0]) for row in rows("The bundle server")]
+    assert sorted(listed) == sorted(names(PYPROJECT["project"]["optional-dependencies"]["fleet"]))
+
+
 def test_the_page_lists_the_dependencies_of_each_group() -> None:
     listed = [(name(row[0]), row[1]) for row in rows("Groups")]
     groups = {**PYPROJECT["dependency-groups"], "build": PYPROJECT["build-system"]["requires"]}

@@ -74,7 +74,7 @@ def missing_paths(text: str) -> Iterator[str]:
 def unknown_commands(text: str) -> Iterator[str]:
     targets = set(re.findall(r"^([a-z][a-z0-9-]*):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     for command in commands(text):
-        words = command.split()
+        words = re.sub(r'"?\$\([^)]*\)"?', "2031-01-01T00:00:00Z", command).split()  # what a shell fills in are times
         words = [word.removeprefix(".venv/bin/") for word in words if "=" not in word or word.startswith("-")]
         match words:
             case ["make", *wanted] if not targets.issuperset(wanted):

@@ -54,6 +54,14 @@ async def test_what_policy_adds_is_sent_and_answered(autojump_clock):
     assert (b"x-b", b"theirs") not in world.reply.head.fields
 
 
+async def test_what_policy_takes_away_reaches_the_upstream_neither_as_a_field_nor_as_a_trailer(autojump_clock):
+    world = World({"answer": [Response(head=ResponseHead(status=200), body=Pieces(1.0, b"a"))]})
+    world.decisions = [replace(ALLOW, request_headers_removed=frozenset({"x-from"}))]
+    await world.run(Pieces(b"b", Trailers([(b"x_from", b"them"), (b"x-sum", b"4")])), method="POST")
+    assert world.client.sent[0].fields == []
+    assert world.client.sent[0].items == [b"b", Trailers([(b"x-sum", b"4")])]
+
+
 async def test_trailers_lose_what_may_not_pass_in_both_directions(autojump_clock):
     trailers = Trailers([(b"x-sum", b"1"), (b"x-spiffe-id", b"evil"), (b"content-length", b"9")])
     world = World({"answer": [Response(head=ResponseHead(status=200), body=Pieces(b"a", trailers))]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -12,7 +13,7 @@ from sidecar.errors import MaybeSent, NoAnswer, NotSent, PlaintextOnly
 from sidecar.exchange import Bounds
 from sidecar.model import Response, ResponseHead, Trailers
 from sidecar.wire.answers import Whole
-from support.pipeline import FakeStream, Pieces, World
+from support.pipeline import ALLOW, FakeStream, Pieces, World
 
 # ── once more ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -219,3 +220,43 @@ async def test_interim_answers_without_end_are_none(autojump_clock):
     assert (record.status, record.error) == (502, "upstream_malformed")
     world = World({"answer": [103] * 100 + [200]})
     assert (await world.run()).status == 200
+
+
+# ── an answer that comes again ────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_the_head_of_an_answer_that_comes_again_goes_back_as_it_did(autojump_clock):
+    again = ResponseHead(status=200, fields=[(b"x-a", b"1"), (b"keep-alive", b"9")], kept={})
+    given = []
+    for _ in range(3):
+        world = World({"answer": [Response(head=again, body=Whole(b"ok"))]})
+        await world.run()
+        given.append(world.reply.head)
+    assert given[0] is not None
+    assert given[0].fields == [(b"x-a", b"1"), (b"via", b"1.1 us")]
+    assert given[0] is given[1] is given[2]
+
+
+async def test_what_policy_adds_to_one_answer_is_not_in_the_next(autojump_clock):
+    again = ResponseHead(status=200, fields=[(b"x-a", b"1")], kept={})
+    fields = []
+    for added in ({}, {"x-a": "policy"}, {}):
+        world = World({"answer": [Response(head=again, body=Whole(b"ok"))]})
+        world.decisions = [replace(ALLOW, response_headers=added)]
+        await world.run()
+        assert world.reply.head is not None
+        fields.append(world.reply.head.fields)
+    plain = [(b"x-a", b"1"), (b"via", b"1.1 us")]
+    assert fields == [plain, [(b"via", b"1.1 us"), (b"x-a", b"policy")], plain]
+
+
+async def test_an_id_that_only_a_sidecar_may_give_is_not_remembered_for_an_agent(autojump_clock):
+    again = ResponseHead(status=200, fields=[(b"x-decision-id", b"d9")], kept={})
+    given = []
+    for decides in (True, False, True):
+        world = World({"answer": [Response(head=again, body=Whole(b"ok"))]})
+        world.steps = {"upstream_decides": decides}
+        await world.run()
+        assert world.reply.head is not None
+        given.append((b"x-decision-id", b"d9") in world.reply.head.fields)
+    assert given == [True, False, True]

@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from fuzz import (
     answers,
     bodies,
+    bundles,
     documents,
     h1_connections,
     h2_connections,
@@ -32,10 +33,11 @@ from fuzz import (
 )
 from fuzz.frames import ONE_SETTING, PREFACE, record
 from lanes import fuzz as lane
+from sidecar.bundles import archive, release, signature
 from sidecar.config import places
-from sidecar.decision import inquiry, policy
+from sidecar.decision import inquiry
 from sidecar.errors import MaybeSent
-from sidecar.identity import pem_files, spiffe, verify
+from sidecar.identity import spiffe, svid, verify
 from sidecar.model import Allow, SpiffeId
 from sidecar.wire import h1, h2_encoder, h2_heads, h2_protocol, headers, target
 
@@ -142,9 +144,11 @@ DEFECTS = {
     "identity.leaf": Defect(
         verify, "_id", lambda names: SpiffeId(trust_domain="a.test", path="/other"), lambda: identities.TARGETS[1].good()[0]
     ),
-    "identity.pem": Defect(pem_files, "_check_match", lambda *_: None, lambda: identities.TARGETS[2].bad()[1]),
+    "identity.pem": Defect(svid, "_check_match", lambda *_: None, lambda: identities.TARGETS[2].bad()[1]),
     "config.load": Defect(places, "prefix", lambda text: text, lambda: documents.WHOLE.replace(b"/budget/", b"/a/../b")),
-    "policy.bundles": Defect(policy, "_serial", lambda *_: 0, lambda: documents.TARGETS[1].good()[0]),
+    "bundles.archive": Defect(archive, "_name", lambda spelt, _: spelt, lambda: bundles.TARGETS[0].bad()[0]),
+    "bundles.release": Defect(release, "_serial", lambda *_: 0, lambda: bundles.TARGETS[1].good()[0]),
+    "bundles.signature": Defect(signature, "_compare", lambda *_: None, lambda: bundles.TARGETS[2].bad()[0]),
 }  # fmt: skip
 
 

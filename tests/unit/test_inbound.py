@@ -179,3 +179,62 @@ def test_a_second_method_is_refused():
     with pytest.raises(ClientFault) as fault:
         planned(fields=[(b"x-http-method-override", b"DELETE")])
     assert fault.value.code == "request_overridden"
+
+
+# ── a head that comes again ───────────────────────────────────────────────────────────────────────────────────────
+
+OTHER_IDS = Ids(exchange="e2", request="r2", trace="t2", traceparent="00-t2-p2-01")
+AGAIN: list[dict[str, Any]] = [
+    {},
+    {"fields": [(b"x-tenant", b"t"), (b"accept", b"*/*"), (b"x-request-id", b"theirs")]},
+    {"fields": [(b"traceparent", b"00-t2-p2-01"), (b"tracestate", b"a=b")]},
+    {"upgrade": "websocket", "method": "GET"},
+    {"fields": [(b"content-type", b"application/grpc"), (b"te", b"trailers")]},
+    {"host": "", "protocol": "HTTP/1.0"},
+]
+
+
+@pytest.mark.parametrize("head", AGAIN)
+@pytest.mark.parametrize("connection", [MTLS, PLAINTEXT])
+def test_what_was_planned_once_is_what_would_be_planned_again(connection: Connection, head: dict[str, Any]) -> None:
+    seen, kept = Seen(headers=frozenset({b"x-tenant"}), query=frozenset({"q"})), {}
+    by = program(seen=lambda: seen, xfcc=True, timeout=5.0, retries=3, rate=Rate(per_second=5, burst=50))
+    first = Request(head=replace(HEAD, **head), body=Whole(), kept=kept)
+    by.attempt(connection, first, IDS)
+    again = by.attempt(connection, first, OTHER_IDS)
+    anew = by.attempt(connection, replace(first, kept=None), OTHER_IDS)
+    assert again == anew
+    assert by.attempt(connection, first, IDS) == by.attempt(connection, replace(first, kept=None), IDS)
+
+
+def test_a_plan_is_used_again() -> None:
+    seen, kept = Seen(headers=frozenset(), query=frozenset()), {}
+    by, request = program(seen=lambda: seen), Request(head=HEAD, body=Whole(), kept=kept)
+    assert by.attempt(MTLS, request, IDS).inquiry is by.attempt(MTLS, request, OTHER_IDS).inquiry
+
+
+def test_what_policy_sees_since_a_reload_is_planned_anew() -> None:
+    seen, kept = [Seen(headers=frozenset(), query=frozenset())], {}
+    by = program(seen=lambda: seen[0])
+    request = Request(head=replace(HEAD, fields=[(b"x-tenant", b"t")]), body=Whole(), kept=kept)
+    assert by.attempt(MTLS, request, IDS).inquiry.headers == {}
+    seen[0] = Seen(headers=frozenset({b"x-tenant"}), query=frozenset())
+    assert by.attempt(MTLS, request, IDS).inquiry.headers == {"x-tenant": ("t",)}
+
+
+@pytest.mark.parametrize("name", [b"x-request-id", b"traceparent"])
+def test_ids_that_policy_sees_are_those_of_each_request(name: bytes) -> None:
+    seen, kept = Seen(headers=frozenset({name}), query=frozenset()), {}
+    by = program(seen=lambda: seen)
+    request = Request(head=HEAD, body=Whole(), kept=kept)
+    asked = [by.attempt(MTLS, request, ids).inquiry.headers[name.decode()] for ids in (IDS, OTHER_IDS)]
+    assert asked == ([("r1",), ("r2",)] if name == b"x-request-id" else [("00-t1-p1-00",), ("00-t2-p2-01",)])
+
+
+def test_a_refusal_is_not_remembered_as_a_plan() -> None:
+    kept: dict[str, Any] = {}
+    request = Request(head=replace(HEAD, method="CONNECT"), body=Whole(), kept=kept)
+    for _ in range(2):
+        with pytest.raises(ClientFault):
+            program().attempt(MTLS, request, IDS)
+    assert kept == {}

@@ -8,7 +8,8 @@ import trio
 from sidecar.errors import OperatorFault
 from sidecar.listeners import Listeners
 from sidecar.model import Address
-from sidecar.wire.handover import Alone
+from sidecar.wire.handover import MAX_SOCKETS, Alone
+from sidecar.wire.network import TcpNetwork
 from support.flow import PairListener, PairNetwork
 
 A, B, C = (Address(host="10.0.0.1", port=port) for port in (1, 2, 3))
@@ -77,3 +78,24 @@ async def test_a_socket_that_is_held_for_nobody_is_refused(autojump_clock):
     listeners.close()
     with pytest.raises(trio.ClosedResourceError):
         await held.accept()
+
+
+async def test_an_address_may_have_several_queues_and_what_is_held_for_us_stays_one():
+    network = TcpNetwork()
+    held = await network.listen(Address(host="127.0.0.1", port=0))
+    here = Address(host="127.0.0.2", port=0)
+    listeners = Listeners(network, activated={held.address: held}, succession=Alone())
+    found = await listeners.open({"a": held.address, "b": here, "c": here}, {"a": 2, "b": 2})
+    assert found["a"] is held
+    assert len(found["b"].queues) == 2
+    assert len({queue.address for queue in found["b"].queues}) == 1
+    listeners.close()
+
+
+async def test_so_many_queues_as_fit_into_one_message_to_a_successor():
+    network = TcpNetwork()
+    here = Address(host="127.0.0.3", port=0)
+    listeners = Listeners(network, activated={}, succession=Alone())
+    found = await listeners.open({"a": here}, {"a": MAX_SOCKETS + 10})
+    assert len(found["a"].queues) == MAX_SOCKETS
+    listeners.close()

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 
 from sidecar import parts
-from sidecar.config import Config, Limits, Policy, PolicyInput, PolicyKey, Timeouts
+from sidecar.config import (
+    Config,
+    DecisionCache,
+    InboundListener,
+    Limits,
+    Outbound,
+    Policy,
+    PolicyInput,
+    PolicyKey,
+    Rate,
+    Route,
+    Timeouts,
+)
 from sidecar.errors import OperatorFault
+from sidecar.model import Address
 
 ELSEWHERE = {"timeouts.drain", "timeouts.decision"}
 """Used by the app itself, and by the decision point."""
@@ -57,9 +72,9 @@ def test_a_key_that_cannot_be_read_is_named(tmp_path) -> None:
     key = PolicyKey(algorithm="ES256", file=tmp_path / "absent.pub")
     config = Config(policy=Policy(source=tmp_path / "bundle.tar.gz", keys={"k1": key}))
     with pytest.raises(OperatorFault, match=r"policy\.keys\.k1\.file"):
-        parts.policy(config)
+        parts.terms(config)
     key.file.write_bytes(b"pem")
-    assert parts.policy(config).keys == {"k1": ("ES256", b"pem")}
+    assert parts.terms(config).keys == {"k1": ("ES256", b"pem")}
 
 
 def test_a_fault_of_the_bundle_names_where_it_came_from(tmp_path) -> None:
@@ -70,3 +85,42 @@ def test_a_fault_of_the_bundle_names_where_it_came_from(tmp_path) -> None:
     other = OperatorFault("no OPA", code="opa_missing")
     assert parts.about_policy(other, config) is other
     assert parts.about_policy(fault, Config()) is fault
+
+
+# ── workers ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def documented() -> dict[str, str]:
+    """Key → what `docs/workers.md` says of it: `divided`, or `each`."""
+    text = (Path(__file__).parents[2] / "docs/workers.md").read_text()
+    return dict(re.findall(r"^\| `([a-z_.\[\]]+)` \| (divided|each) \|", text, re.MULTILINE))
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(Limits)])
+def test_a_limit_is_divided_among_workers_exactly_where_that_is_documented(name: str) -> None:
+    limits = replace(Limits(), **{name: 101})
+    shared = getattr(parts.share(Config(workers=4, limits=limits)).limits, name)
+    assert shared == {"divided": 26, "each": 101}[documented()[f"limits.{name}"]]
+
+
+def test_rates_and_the_room_for_decisions_are_divided_too() -> None:
+    rate = Rate(per_second=10.0, burst=3)
+    at = Address(host="h", port=1)
+    config = Config(
+        workers=4, inbound=(InboundListener(rate=rate), InboundListener()),
+        outbound=Outbound(routes=(Route(name="r", target=at, authority_host="h", rate=rate),)),
+        policy=Policy(source=Path("b"), keys={}, cache=DecisionCache(max_entries=10, max_bytes=1000)),
+    )  # fmt: skip
+    shared = parts.share(config)
+    assert shared.outbound is not None
+    assert shared.policy is not None
+    assert [one.rate for one in shared.inbound] == [Rate(per_second=2.5, burst=1), None]
+    assert shared.outbound.routes[0].rate == Rate(per_second=2.5, burst=1)
+    assert shared.policy.cache == DecisionCache(max_entries=3, max_bytes=250)
+    said = documented()
+    assert {said[key] for key in ("inbound[].rate", "outbound.routes[].rate", "policy.cache")} == {"divided"}
+
+
+def test_one_alone_has_all() -> None:
+    config = Config(limits=Limits(max_connections=7))
+    assert parts.share(config) is config

@@ -209,7 +209,15 @@ def _functions(node: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef
 def test_only_what_was_given_a_permit_opens_an_upstream() -> None:
     found = {path: list(openers(path.read_text())) for path in PACKAGE.rglob("*.py")}
     opening = {str(path.relative_to(PACKAGE)): given for path, each in found.items() for _, given in each}
-    assert opening == {"forward.py": True}
+    # `fetch` asks for what the sidecar itself wants (bundles, for one): no byte of anybody's request is in it.
+    assert opening == {"forward.py": True, "wire/fetch.py": False}
+
+
+def test_what_is_asked_without_a_permit_is_asked_by_nobody_who_carries_requests() -> None:
+    users = {
+        str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if "sidecar.wire.fetch" in path.read_text()
+    }
+    assert users == {"servers.py", "cli/asking.py"}
 
 
 def test_an_opening_without_a_permit_would_be_found() -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import load
+from benchmarks import load, peer, sidecar
+from benchmarks.books import Own
 from benchmarks.opa import DECISIONS, command_of
 from benchmarks.processes import Broken, cpu_seconds, descendants, rss_mib, running, wait_until
 
@@ -19,20 +20,81 @@ while True:
 """
 
 
-def result(codes: dict[str, int]) -> dict[str, object]:
-    percentiles = [{"Percentile": 50, "Value": 0.003}, {"Percentile": 99, "Value": 0.012}]
-    return {"RetCodes": codes, "ActualQPS": 100.0, "DurationHistogram": {"Percentiles": percentiles}}
+def result(**fields: object) -> dict[str, object]:
+    whole = {
+        "answers": 400,
+        "units": 800,
+        "warm": 30,
+        "opened": 16,
+        "reopened": 1,
+        "seconds": 2.0,
+        "p50_ms": 3.0,
+        "p99_ms": 12.0,
+    }
+    return {**whole, "wrong": {}, **fields}
 
 
-def test_answers_count_those_that_open_the_connections() -> None:
-    seen = load.read(result({"200": 400}), connections=16)
-    assert (seen.answers, seen.p50_ms, seen.p99_ms) == (416, 3.0, 12.0)
+def test_a_rate_is_of_units() -> None:
+    seen = load.read(result())
+    assert (seen.answers, seen.units, seen.warm, seen.per_second, seen.p99_ms) == (400, 800, 30, 400.0, 12.0)
 
 
-@pytest.mark.parametrize("codes", [{"200": 400, "503": 1}, {"403": 400}, {"200": 400, "-1": 2}, {}])
-def test_any_answer_that_is_not_2xx_ends_the_run(codes: dict[str, int]) -> None:
-    with pytest.raises(Broken, match="2xx"):
-        load.read(result(codes), connections=16)
+@pytest.mark.parametrize("wrong", [{"503": 1}, {"403": 400}, {"EOF": 2}, {"63 and not 64 long": 1}])
+def test_any_answer_that_is_not_as_wanted_ends_the_run(wrong: dict[str, int]) -> None:
+    with pytest.raises(Broken, match="not every answer was as wanted"):
+        load.read(result(wrong=wrong))
+
+
+def test_a_run_without_answers_is_none() -> None:
+    with pytest.raises(Broken, match="no answer"):
+        load.read(result(answers=0))
+
+
+def test_what_a_sidecar_says_of_its_decisions_is_read_from_its_metrics() -> None:
+    text = """
+# TYPE sidecar_decisions_total counter
+sidecar_decisions_total{direction="inbound",result="allowed"} 1000
+sidecar_decisions_total{direction="outbound",result="denied"} 1.0
+sidecar_decisions_total{direction="inbound",result="error"} 7
+sidecar_decision_cache_total{result="hit"} 900
+sidecar_decision_cache_total{result="shared"} 20
+sidecar_decision_cache_total{result="miss"} 80
+sidecar_decision_cache_entries 80
+"""
+    assert sidecar.own(text) == Own(decided=1001, repeated=920)
+
+
+def test_only_whole_lines_of_json_count_as_logged(tmp_path: Path) -> None:
+    log = tmp_path / "access.log"
+    log.write_text('{"a": 1}\nnoise\n{"b": 2}\n{"c": ')
+    none = peer.Peer(name="x", version="", port=0, proxy_pids=list, access_logs=[log], metrics=[])
+    assert none.logged() == [2]
+    assert peer.chained(none, none).logged() == [2, 2]
+
+
+def test_a_generator_that_fails_says_why(tmp_path: Path) -> None:
+    script = tmp_path / "load"
+    script.write_text(f"#!{sys.executable}\nimport sys; sys.stdin.readline(); sys.exit('no such address')\n")
+    script.chmod(0o700)
+    with (
+        pytest.raises(Broken, match="no such address"),
+        load.warmed(script, load.Plan(), 1, None, warm_up=0.1, seconds=0.1, work=tmp_path),
+    ):
+        pass
+
+
+def test_a_generator_is_let_go_when_it_is_warm_and_waited_for_until_it_is_told_to_end(tmp_path: Path) -> None:
+    script = tmp_path / "load"
+    script.write_text(
+        f"#!{sys.executable}\nimport json, sys\nplan = json.loads(sys.stdin.readline())\nprint('{{}}', flush=True)\n"
+        f"assert sys.stdin.readline() == 'go\\n'\nprint(json.dumps({result()!r} | {{'answers': plan['connections']}}), flush=True)\n"
+        "sys.stdin.readline()\n"
+    )
+    script.chmod(0o700)
+    with load.warmed(script, load.Plan(connections=7), 1, None, warm_up=0.1, seconds=0.1, work=tmp_path) as generator:
+        assert generator.run(lambda: None).answers == 7
+        (child,) = descendants(os.getpid())  # its CPU is still to be had
+        assert cpu_seconds([child]) > 0
 
 
 def test_decisions_are_the_data_questions_that_opa_answered() -> None:

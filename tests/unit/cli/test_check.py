@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import os
 import socket
-import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,9 +14,11 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
 from examples.demo.kit import CA
 from sidecar import cli
+from sidecar.bundles import archive
 from sidecar.cli import files
-from sidecar.config import PolicyKey
+from sidecar.config import Policy, PolicyKey
 from sidecar.errors import OperatorFault
+from support.bundles import CREATED, Key, made, signed
 
 CONFIG = """\
 identity: {certificate: svid.pem, key: key.pem, bundles: {example.org: bundle.pem}}
@@ -36,10 +37,11 @@ def pem(key: Public) -> bytes:
     return key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
 
 
-def bundle(path: Path, *names: str) -> None:
-    with tarfile.open(path, "w:gz") as archive:
-        for name in names:
-            archive.addfile(tarfile.TarInfo(name), io.BytesIO(b""))
+SIGNER = Key("k1")
+
+
+def bundle(path: Path, serial: int = 7, key: Key = SIGNER, **more: object) -> None:
+    path.write_bytes(signed(made(serial, **more), key))
 
 
 @pytest.fixture
@@ -54,12 +56,12 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "svid.pem": svid.chain_pem,
         "key.pem": svid.key_pem,
         "bundle.pem": ca.bundle_pem,
-        "k1.pub": pem(ec.generate_private_key(ec.SECP256R1()).public_key()),
+        "k1.pub": SIGNER.public_pem,
     }
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
         (tmp_path / name).chmod(0o600)
-    bundle(tmp_path / "policy.tar.gz", "/.manifest", "/.signatures.json")
+    bundle(tmp_path / "policy.tar.gz")
     return tmp_path
 
 
@@ -77,6 +79,7 @@ def test_a_sound_configuration_is_summed_up(home: Path, capsys: pytest.CaptureFi
     assert identity.endswith("trusting example.org")
     assert rest == [
         f"  policy    {home}/policy.tar.gz, scope sidecar, signed by k1",
+        "  policy    revision r7, serial 7, signed with k1",
         "  inbound   0.0.0.0:8443 to the agent at 127.0.0.1:8000: permissive because nothing set it",
         "  inbound   127.0.0.1:9443 to the agent at 127.0.0.1:8000: strict as its own mtls_mode says",
         "  outbound  127.0.0.1:8080, 1 route: permissive because nothing set it",
@@ -98,7 +101,7 @@ def test_the_summary_says_where_the_mode_is_from(
 
 def test_all_broken_files_are_told_together(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (home / "key.pem").write_bytes(CA("example.org").svid("/a").key_pem)
-    bundle(home / "policy.tar.gz", "/.manifest")
+    (home / "policy.tar.gz").write_bytes(archive.pack(made(7)))
     (home / "k1.pub").unlink()
     (home / "state").write_bytes(b"")
     assert check(home) == 1
@@ -107,8 +110,8 @@ def test_all_broken_files_are_told_together(home: Path, capsys: pytest.CaptureFi
     start = f"{home}/sidecar.yaml: "
     assert err.splitlines() == [
         f"{start}identity.key: {home}/key.pem: does not belong to the certificate in {home}/svid.pem",
-        f"{start}policy.source: {home}/policy.tar.gz: is not signed: it has no .signatures.json",
         f"{start}policy.keys.k1.file: {home}/k1.pub: cannot be read: No such file or directory",
+        f"{start}policy.source: {home}/policy.tar.gz: is not signed: it has no .signatures.json",
         f"{start}state_dir: {home}/state: is not a directory",
     ]
 
@@ -121,10 +124,33 @@ def test_one_usable_bundle_of_a_directory_is_enough(home: Path, capsys: pytest.C
     assert f"policy.source: {source}: holds no bundle (*.tar.gz)" in capsys.readouterr().err
     (source / "1.tar.gz").write_bytes(b"")
     assert check(home) == 1
-    assert f"{home}/sidecar.yaml: policy.source: {source}/1.tar.gz: is not a bundle" in capsys.readouterr().err
-    bundle(source / "2.tar.gz", ".signatures.json")
+    assert f"{home}/sidecar.yaml: policy.source: {source}/1.tar.gz: the archive is cut short" in capsys.readouterr().err
+    for name, serial in (("2", 11), ("3", 9)):
+        bundle(source / f"{name}.tar.gz", serial)
     assert check(home) == 0
-    assert f"warning: policy.source: {source}/1.tar.gz: is not a bundle" in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert f"warning: policy.source: {source}/1.tar.gz: the archive is cut short" in err
+    assert "  policy    revision r11, serial 11, signed with k1" in out.splitlines()
+
+
+def test_a_server_is_reported_and_not_dialled(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote = "source: 'https://bundles.test/v1/bundles/main', spiffe_ids: [spiffe://example.org/bundles]"
+    (home / "sidecar.yaml").write_text(CONFIG.replace("source: policy.tar.gz", remote))
+
+    def dialled(*_: object) -> None:
+        raise AssertionError("a connection was made")
+
+    monkeypatch.setattr(socket.socket, "connect", dialled)
+    monkeypatch.setattr(socket, "getaddrinfo", dialled)
+    assert check(home) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert (
+        "  policy    https://bundles.test/v1/bundles/main, scope sidecar, signed by k1; the server is not asked here"
+        in out.splitlines()
+    )
 
 
 @pytest.mark.parametrize("name", ["sidecar.yaml", "bundle.pem", "k1.pub"])
@@ -171,14 +197,21 @@ def test_an_external_opa_needs_no_policy_and_a_socket(home: Path, capsys: pytest
 # ── single files ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("start", ["", "/", "./"])
-def test_a_signed_bundle_is_known_by_any_spelling(tmp_path: Path, start: str) -> None:
-    bundle(tmp_path / "b", f"{start}.signatures.json")
-    files.check_bundle(tmp_path / "b")
+POLICY = Policy(source=Path("b"), keys={"k1": PolicyKey(algorithm="ES256", file=Path("k1.pub"))})
+KNOWN = {"k1": SIGNER.verifying}
+
+
+def test_a_bundle_is_verified_as_a_sidecar_does(tmp_path: Path) -> None:
+    bundle(tmp_path / "b", 9)
+    said, key_id = files.check_bundle(tmp_path / "b", POLICY, KNOWN)
+    assert (said.revision, said.serial, key_id) == ("r9", 9, "k1")
+    with pytest.raises(OperatorFault) as caught:
+        files.check_bundle(tmp_path / "b", replace(POLICY, minimum_serial=10), KNOWN)
+    assert caught.value.code == "bundle_below_minimum"
 
 
 def truncated(path: Path) -> None:
-    bundle(path, ".signatures.json")
+    bundle(path)
     path.write_bytes(path.read_bytes()[:-20])
 
 
@@ -188,16 +221,24 @@ def truncated(path: Path) -> None:
         (lambda path: None, "cannot be read: No such file"),
         (Path.mkdir, "is not a regular file"),
         (os.mkfifo, "is not a regular file"),
-        (lambda path: path.write_bytes(b""), "is not a bundle"),
-        (lambda path: path.write_bytes(b"package sidecar"), "is not a bundle"),
-        (truncated, "is not a bundle"),
-        (lambda path: bundle(path, "signatures.json", "x/.signatures.json"), "is not signed"),
+        (lambda path: path.write_bytes(b""), "the archive is cut short"),
+        (lambda path: path.write_bytes(b"package sidecar"), "is not a gzip archive"),
+        (truncated, "the archive is cut short"),
+        (lambda path: path.write_bytes(archive.pack(made(7))), "is not signed: it has no .signatures.json"),
+        (lambda path: bundle(path, key=Key("k2")), "no key 'k2' is configured"),
+        (lambda path: bundle(path, key=Key("k1")), "was not made with key k1"),
+        (
+            lambda path: path.write_bytes(signed(made(7), SIGNER, "other")),
+            "was signed for scope 'other', not 'sidecar'",
+        ),
+        (lambda path: bundle(path, roots=["/"]), "roots must name what the bundle owns"),
+        (lambda path: bundle(path, created=CREATED + 3e9), "made later than now"),
     ],
 )
-def test_what_is_not_a_signed_bundle_is_refused(tmp_path: Path, make: Callable[[Path], object], message: str) -> None:
+def test_what_a_sidecar_would_not_take_is_refused(tmp_path: Path, make: Callable[[Path], object], message: str) -> None:
     make(tmp_path / "b")
     with pytest.raises(OperatorFault, match=message):
-        files.check_bundle(tmp_path / "b")
+        files.check_bundle(tmp_path / "b", POLICY, KNOWN)
 
 
 P256, P384, P521 = (

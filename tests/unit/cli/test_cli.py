@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -184,6 +185,46 @@ def test_the_module_is_the_program(file: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 1
     assert done.stderr == f"{file}:4: zebra: is not a known key\n"
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_whoever_has_read_enough_is_no_defect(file: Path, unbuffered: str) -> None:
+    """As `sidecar bundle diff … | head` has it."""
+    file.write_text(SOUND)
+    reads, writes = os.pipe()
+    os.close(reads)
+    with open(writes, "wb") as closed:
+        done = subprocess.run(
+            [sys.executable, "-m", "sidecar", "check", "--config", str(file)], stdout=closed, stderr=subprocess.PIPE,
+            env=os.environ | {"PYTHONUNBUFFERED": unbuffered}, check=False, timeout=60, text=True,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert all(line.startswith("warning: ") for line in done.stderr.splitlines())
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_is_told_in_a_sentence(file: Path, unbuffered: str) -> None:
+    file.write_text(SOUND)
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "sidecar", "check", "--config", str(file)], stdout=full, stderr=subprocess.PIPE,
+            env=os.environ | {"PYTHONUNBUFFERED": unbuffered}, check=False, timeout=60, text=True,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert [line for line in done.stderr.splitlines() if not line.startswith("warning: ")] == [
+        "sidecar: No space left on device"
+    ]
+
+
+def test_what_a_server_says_cannot_play_with_the_terminal(
+    installer: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def install(**_: object) -> Path:
+        raise OperatorFault("one\n\ttwo\x1b[2J")
+
+    installer.install = install  # type: ignore[attr-defined]
+    assert cli.main(["opa", "install"]) == 1
+    assert capsys.readouterr() == ("", "sidecar: one\n\ttwo\\x1b[2J\n")
 
 
 def test_the_command_line_itself_brings_no_server() -> None:

@@ -96,6 +96,7 @@ def test_what_is_absent_has_its_default() -> None:
     assert loaded.inbound[0].listen == Address(host="0.0.0.0", port=8443)
     assert loaded.inbound[0].upstream.address == Address(host="127.0.0.1", port=8000)
     assert loaded.outbound is None
+    assert loaded.workers == 1
     assert loaded.health == config.Health(listen=Address(host="0.0.0.0", port=9091))
     assert loaded.timeouts == config.Timeouts(
         handshake=5, header=10, decision=1, connect=5, idle=3600, drain=25, lingering=1
@@ -312,18 +313,128 @@ def test_identity_mistakes(identity: str, path: str, message: str) -> None:
         ("{keys: {k: {algorithm: ES256, file: k}}}", "policy.source", "is missing"),
         ("{source: b}", "policy.keys", "is missing"),
         ("{source: b, keys: {}}", "policy.keys", "is empty"),
-        ("{source: 'https://b', keys: {k: {algorithm: ES256, file: k}}}", "policy.source", "not supported"),
+        (
+            "{source: 's3://b', keys: {k: {algorithm: ES256, file: k}}}",
+            "policy.source",
+            "is not https://host:port/path",
+        ),
+        ("{source: 'https://u@b', keys: {k: {algorithm: ES256, file: k}}}", "policy.source", "without user"),
+        ("{source: b, ca: c, keys: {k: {algorithm: ES256, file: k}}}", "policy.ca", "is for a server"),
+        ("{source: b, report: true, keys: {k: {algorithm: ES256, file: k}}}", "policy.report", "needs a server"),
+        ("{source: b, shadow: {}, keys: {k: {algorithm: ES256, file: k}}}", "policy.shadow", "needs a source"),
+        ("{source: b, decision: a/b, keys: {k: {algorithm: ES256, file: k}}}", "policy.decision", "input: envoy"),
         ("{source: b, keys: {k: {algorithm: HS256, file: k}}}", "policy.keys.k.algorithm", "must be asymmetric"),
         ("{source: b, keys: {k: {algorithm: none, file: k}}}", "policy.keys.k.algorithm", "must be one of"),
         ("{source: b, keys: {k: {algorithm: ES256}}}", "policy.keys.k.file", "is missing"),
         ("{source: b, keys: {'a b': {algorithm: ES256, file: k}}}", "policy.keys.a b", "letters, digits"),
         ("{source: b, keys: {k: {algorithm: ES256, file: k}}, scope: ''}", "policy.scope", "must not be empty"),
-        ("{source: b, keys: {k: {algorithm: ES256, file: k}}, minimum_serial: 4}", "policy.minimum_serial", "not supp"),
+        ("{source: b, keys: {k: {algorithm: ES256, file: k}}, minimum_serial: -4}", "policy.minimum_serial", "whole"),
     ],
 )
 def test_policy_mistakes(policy: str, path: str, message: str) -> None:
     found = only(f"{IDENTITY}{INBOUND}policy: {policy}\n")
     assert found[:2] == (path, 3)
+    assert message in found[2]
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("", config.DecisionCache()),
+        (", cache: true", config.DecisionCache()),
+        (", cache: {}", config.DecisionCache()),
+        (", cache: {max_entries: 7}", config.DecisionCache(max_entries=7)),
+        (", cache: {max_bytes: 65536}", config.DecisionCache(max_bytes=65_536)),
+        (", cache: false", None),
+        (", input: envoy, cache: false", None),
+        (", input: envoy", config.DecisionCache()),
+    ],
+)
+def test_what_is_kept_of_decisions(written: str, meant: config.DecisionCache | None) -> None:
+    policy = load(SMALL.replace("k.pub}}}", f"k.pub}}}}{written}}}"), {}, BASE).policy
+    assert policy is not None
+    assert policy.cache == meant
+
+
+@pytest.mark.parametrize(
+    ("written", "path", "message"),
+    [
+        ("cache: 7", "policy.cache", "must be false, or a mapping"),
+        ("cache: off", "policy.cache", "must be false, or a mapping"),
+        ("cache: []", "policy.cache", "must be false, or a mapping"),
+        ("cache: {max_entries: 0}", "policy.cache.max_entries", "between 1"),
+        ("cache: {max_bytes: 1024}", "policy.cache.max_bytes", "between 65536"),
+        ("cache: {ttl: 5}", "policy.cache.ttl", "is not a known key"),
+        ("input: envoy, cache: {}", "policy.cache", "is for input: sidecar"),
+        ("max_together: 0", "policy.max_together", "between 1 and 64"),
+        ("max_together: 65", "policy.max_together", "between 1 and 64"),
+        ("input: envoy, max_together: 16", "policy.max_together", "is for input: sidecar"),
+    ],
+)
+def test_mistakes_about_what_is_kept_or_shared(written: str, path: str, message: str) -> None:
+    found = only(SMALL.replace("k.pub}}}", f"k.pub}}}}, {written}}}"))
+    assert found[0] == path
+    assert message in found[2]
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"), [("", 16), (", max_together: 1", 1), (", input: envoy, max_together: 1", 1)]
+)
+def test_how_many_questions_share_a_query(written: str, meant: int) -> None:
+    policy = load(SMALL.replace("k.pub}}}", f"k.pub}}}}{written}}}"), {}, BASE).policy
+    assert policy is not None
+    assert policy.max_together == meant
+
+
+SERVED = """
+policy:
+  source: "https://Bundles.internal:9443/v1/bundles/sidecar?x=1"
+  spiffe_ids: [spiffe://example.org/ns/infra/sa/bundles]
+  keys: {k: {algorithm: ES256, file: k.pub}}
+  minimum_serial: 7
+  max_policy_age: 604800
+  shadow: {sample: 0.1}
+  report: true
+decision_log: {file: decisions.jsonl, service: "https://logs.internal/v1/logs", ca: ca.pem, mask: [/input/headers/x-a~1b]}
+labels: {ring: canary}
+"""
+
+
+def test_a_policy_from_a_server_is_taken_up() -> None:
+    loaded = load(f"{IDENTITY}{INBOUND}{SERVED}", {}, BASE)
+    assert loaded.policy is not None
+    assert loaded.policy.source == config.Remote(
+        address=Address(host="bundles.internal", port=9443), authority="bundles.internal:9443",
+        path="/v1/bundles/sidecar?x=1", spiffe_ids=frozenset({"spiffe://example.org/ns/infra/sa/bundles"}),
+    )  # fmt: skip
+    assert (loaded.policy.minimum_serial, loaded.policy.max_policy_age) == (7, 604800.0)
+    assert loaded.policy.shadow == config.Shadow(sample=0.1)
+    assert loaded.policy.report
+    assert loaded.decision_log == config.DecisionLog(
+        file=BASE / "decisions.jsonl", mask=("/input/headers/x-a~1b",),
+        service=config.Remote(
+            address=Address(host="logs.internal", port=443), authority="logs.internal", path="/v1/logs",
+            ca=BASE / "ca.pem",
+        ),
+    )  # fmt: skip
+    assert loaded.labels == {"ring": "canary"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "path", "message"),
+    [
+        (("sa/bundles]", "sa/bundles]\n  ca: ca.pem"), "policy.ca", "beside spiffe_ids"),
+        (("example.org/ns/infra", "other.org/ns/infra"), "policy.spiffe_ids", "can never be proven"),
+        (("sample: 0.1", "sample: 1.5"), "policy.shadow.sample", "at most 1"),
+        (("max_policy_age: 604800", "max_policy_age: 0"), "policy.max_policy_age", "more than 0"),
+        (("/input/headers/x-a~1b", "/labels/x"), "decision_log.mask[0]", "is not a JSON pointer"),
+        (("https://logs", "http://logs"), "decision_log.service", "is not https://"),
+        (("{ring: canary}", "{ring: 1}"), "labels.ring", "quote it if text is meant"),
+    ],
+)
+def test_mistakes_about_servers(changed: tuple[str, str], path: str, message: str) -> None:
+    found = only(f"{IDENTITY}{INBOUND}{SERVED.replace(*changed)}")
+    assert found[0] == path
     assert message in found[2]
 
 
@@ -416,6 +527,15 @@ def test_mtls_without_identity_is_refused() -> None:
     path, line, message = only(POLICY + INBOUND)
     assert (path, line) == ("identity", None)
     assert "inbound[0] is permissive" in message
+
+
+def test_a_mask_that_is_nowhere_in_the_words_of_envoy_is_refused() -> None:
+    envoy = IDENTITY + POLICY.replace("policy: {", "policy: {input: envoy, ") + INBOUND
+    log = "decision_log: {file: d, mask: [/result/body, /input/attributes/request/http/headers/cookie%s]}\n"
+    load(envoy + log % "", {}, BASE)
+    path, _, message = only(envoy + log % ", /input/headers/cookie")
+    assert path == "decision_log.mask"
+    assert message.startswith("/input/headers/cookie is nowhere with policy.input: envoy")
 
 
 def test_nothing_to_do_is_refused() -> None:
@@ -540,3 +660,13 @@ def test_the_error_reads_as_lines() -> None:
         "line 4: mtls_mode: `off` is the YAML boolean False; write disabled",
         "line 5: zebra: is not a known key",
     ]
+
+
+@pytest.mark.parametrize("value", ["0", "65", "two", "1.5", "true"])
+def test_a_number_of_workers_that_is_none(value: str) -> None:
+    with pytest.raises(config.ConfigError, match="workers"):
+        load(f"workers: {value}\n{SMALL}", {}, BASE)
+
+
+def test_workers_are_taken_up() -> None:
+    assert load(f"workers: 4\n{SMALL}", {}, BASE).workers == 4

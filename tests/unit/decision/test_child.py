@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -14,8 +15,8 @@ from trio.testing import MockClock
 
 from sidecar.decision.child import Child
 from sidecar.decision.engine import Engine, Timing
-from sidecar.decision.policy import Policy
 from sidecar.errors import NoDecision, OperatorFault
+from sidecar.model import PolicyBundle
 from sidecar.wire.network import TcpNetwork
 from support.questions import asking
 
@@ -62,7 +63,7 @@ async def test_it_is_given_its_flags_and_none_of_our_environment(
     assert flags.startswith(f"run --server --addr unix://{tmp_path}/opa.sock --unix-socket-perm 600 ")
     assert "--skip-version-check" in flags
     named = {line.partition("=")[0] for line in (tmp_path / "environment").read_text().splitlines()}
-    assert named <= {"GOMAXPROCS", "GOMEMLIMIT", "PWD", "SHLVL", "_", "OLDPWD", "LC_CTYPE"}
+    assert named <= {"GOGC", "GOMAXPROCS", "GOMEMLIMIT", "PWD", "SHLVL", "_", "OLDPWD", "LC_CTYPE"}
     assert f"GOMAXPROCS={len(os.sched_getaffinity(0))}\n" in (tmp_path / "environment").read_text()
     assert "GOMEMLIMIT=12345\n" in (tmp_path / "environment").read_text()
     assert (tmp_path / "pwd").read_text().strip() == str(tmp_path)
@@ -152,29 +153,32 @@ async def test_where_no_process_can_be_made_it_is_the_operators_fault(
 # ── what the engine makes of one that does not come up ────────────────────────────────────────────────────────────
 
 
+BUNDLE = PolicyBundle(archive=b"bundle", revision="r1", serial=1, created=0.0, digest="", keys={}, scope="sidecar")
+
+
 class Started:
     """An engine on a script, and what it logged."""
 
     def __init__(self, tmp_path: Path, text: str, **timing: float) -> None:
-        (tmp_path / "bundle.tar.gz").write_bytes(b"bundle")
         self.told: list[str] = []
         self.runtime = tmp_path / "run"
         self.engine = Engine(
-            Policy(source=tmp_path / "bundle.tar.gz", keys={}), TcpNetwork(), runtime_dir=self.runtime,
-            binary=script(tmp_path / "opa", text), log=lambda event, *_, **__: self.told.append(event),
+            TcpNetwork(), runtime_dir=self.runtime, binary=script(tmp_path / "opa", text), log=lambda event, *_, **__: self.told.append(event),
             timing=Timing(**timing),
         )  # fmt: skip
 
     async def fault(self) -> OperatorFault:
-        with pytest.raises(OperatorFault) as caught:
-            await self.engine.run()
-        assert self.engine.state == "refused"
-        assert self.engine.bundle_error == str(caught.value)
-        assert list(self.runtime.iterdir()) == []
-        with pytest.raises(NoDecision) as undecided:
-            await self.engine.decide(asking())
-        assert undecided.value.code == "policy_not_ready"
-        await self.engine.stop()
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self.engine.run)
+            with pytest.raises(OperatorFault) as caught:
+                await self.engine.activate(BUNDLE)
+            assert (self.engine.state, self.engine.bundle) == ("starting", None)
+            [ours] = self.runtime.iterdir()
+            assert list(ours.iterdir()) == []
+            with pytest.raises(NoDecision) as undecided:
+                await self.engine.decide(asking())
+            assert undecided.value.code == "policy_not_ready"
+            await self.engine.stop()
         return caught.value
 
 
@@ -188,25 +192,19 @@ async def test_an_opa_that_never_listens_is_a_refused_start(tmp_path: Path, auto
     assert (fault.code, str(fault)) == ("opa_failed", "OPA was not ready within 7 s")
 
 
-async def test_a_missing_bundle_is_a_refused_start(tmp_path: Path) -> None:
-    started = Started(tmp_path, "exit 1")
-    (tmp_path / "bundle.tar.gz").unlink()
-    fault = await started.fault()
-    assert fault.code == "bundle_unreadable"
-    assert str(tmp_path / "bundle.tar.gz") in str(fault)
+async def test_no_room_for_the_bundle_is_no_reason_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "no space left")
 
-
-async def test_a_refused_start_reaches_the_nursery_that_started_it_as_it_is(tmp_path: Path) -> None:
-    engine = Started(tmp_path, "exit 2").engine
-    async with trio.open_nursery() as nursery:
-        with pytest.raises(OperatorFault):
-            await nursery.start(engine.run)
+    monkeypatch.setattr(Path, "write_bytes", full)
+    fault = await Started(tmp_path, "exit 1").fault()
+    assert fault.code == "runtime_dir_unusable"
 
 
 async def test_what_does_not_run_takes_nothing_up(tmp_path: Path) -> None:
     engine = Started(tmp_path, "").engine
     with pytest.raises(OperatorFault) as caught:
-        await engine.reload()
+        await engine.activate(BUNDLE)
     assert caught.value.code == "opa_stopped"
 
 

@@ -105,11 +105,15 @@ def test_a_whole_allowance_is_read() -> None:
 
 def test_a_whole_denial_is_read() -> None:
     denied = said(
-        {"allow": False, "reason": "née", "rule": "x", "status": 429, "response_headers": {"retry-after": "9"}}
-    )
+        {
+            "allow": False, "reason": "née", "rule": "x", "status": 429, "response_headers": {"retry-after": "9"},
+            "cache_ttl": 0,
+        }
+    )  # fmt: skip
     assert denied == Deny(
-        decision_id="d1", revision="r7", status=429, reason="née", rule="x", response_headers={"retry-after": "9"}
-    )
+        decision_id="d1", revision="r7", status=429, reason="née", rule="x", response_headers={"retry-after": "9"},
+        cache_ttl=0.0,
+    )  # fmt: skip
 
 
 def test_a_bare_boolean_is_enough() -> None:

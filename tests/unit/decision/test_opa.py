@@ -46,7 +46,7 @@ async def code_of(opa: Opa, inquiry: Inquiry | None = None) -> str:
 async def test_each_direction_has_its_entrypoint(opa: Opa, fake: FakeOpa, autojump_clock: MockClock) -> None:
     for direction in ("inbound", "outbound", "egress", "management", "fleet"):
         await opa.decide(asking(direction=direction))
-        assert fake.paths[-1] == f"/v1/data/sidecar/{direction}/decision?provenance=true"
+        assert fake.paths[-1] == f"/v1/data/sidecar/{direction}/decision?provenance=true&strict-builtin-errors=true"
         assert fake.inputs[-1]["direction"] == direction
 
 

@@ -5,6 +5,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -19,7 +20,7 @@ from examples.demo import kit
 from examples.demo.kit import CA, Svid, new_key
 from sidecar.config.settings import FilesIdentity
 from sidecar.errors import OperatorFault
-from sidecar.identity import pem_files
+from sidecar.identity import pem_files, svid
 from sidecar.identity.current import Current
 from sidecar.identity.spiffe import parse
 from support.handshake import context, handshake
@@ -74,7 +75,7 @@ def test_an_identity_is_read_whole(folder: Folder) -> None:
 def test_no_repr_shows_the_key(folder: Folder) -> None:
     secret = folder.svid.key_pem.splitlines()[1].decode()
     contents = pem_files.gather(folder.files)
-    reading = pem_files.check(contents, time.time())
+    reading = svid.check(contents, time.time())
     assert secret in reading.identity.key.decode()
     for value in (contents, contents.key, reading, folder.svid):
         assert secret not in repr(value)
@@ -367,12 +368,12 @@ class Watched:
 
 
 @asynccontextmanager
-async def watching(files: FilesIdentity) -> AsyncIterator[Watched]:
+async def watching(files: FilesIdentity, **given: Any) -> AsyncIterator[Watched]:
     watched = Watched()
     async with trio.open_nursery() as nursery:
 
         async def run() -> None:
-            await pem_files.watch(watched.current, files, log=watched.log, wall=lambda: watched.now)
+            await pem_files.watch(watched.current, files, log=watched.log, wall=lambda: watched.now, **given)
 
         nursery.start_soon(run)
         yield watched
@@ -576,7 +577,7 @@ async def test_a_certificate_of_the_future_is_taken_up_when_its_time_comes(
         await trio.sleep(10)
         assert watched.current.error == "certificate_not_yet_valid"
         watched.now = begin.timestamp()
-        await trio.sleep(2)
+        await trio.sleep(pem_files.RECHECK_INTERVAL + 1)
         assert watched.current.state(watched.now) == "ok"
 
 
@@ -598,3 +599,95 @@ async def test_a_key_that_becomes_exposed_is_warned_of_once(folder: Folder, auto
         folder.files.certificate.write_bytes(fresh.chain_pem)
         await trio.sleep(10)
         assert watched.names == ["identity.published", "identity.warning_raised", "identity.published"]
+
+
+# ── what is asked of the checker ──────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class Checker:
+    """Counts, and does what `apart` would have done in a child."""
+
+    asked: int = 0
+    broken: bool = False
+
+    async def __call__(self, contents: pem_files.Contents, now: float) -> pem_files.Reading:
+        await trio.lowlevel.checkpoint()
+        self.asked += 1
+        if self.broken:
+            raise OperatorFault("it could not be started", code="checker_failed")
+        return svid.check(contents, now)
+
+
+async def test_what_the_caller_has_published_is_not_checked_again(folder: Folder, autojump_clock: MockClock) -> None:
+    checker = Checker()
+    known = await pem_files.known(folder.files, checker, time.time())
+    async with watching(folder.files, check=checker, known=known) as watched:
+        watched.current.publish(known.reading.identity)
+        await trio.sleep(60)
+        assert checker.asked == 1
+        folder.write(A.svid("/web"))
+        await trio.sleep(60)
+        assert checker.asked == 2
+        assert watched.current.generation == 2
+
+
+async def test_what_the_caller_read_is_warned_of_once(folder: Folder, autojump_clock: MockClock) -> None:
+    folder.files.key.chmod(0o644)
+    checker = Checker()
+    known = await pem_files.known(folder.files, checker, time.time())
+    async with watching(folder.files, check=checker, known=known) as watched:
+        await trio.sleep(5)
+        folder.write(A.svid("/web"))
+        folder.files.key.chmod(0o644)
+        await trio.sleep(5)
+        assert watched.names.count("identity.warning_raised") == 1
+
+
+async def test_what_was_refused_is_asked_again_only_after_a_while(folder: Folder, autojump_clock: MockClock) -> None:
+    checker = Checker()
+    async with watching(folder.files, check=checker) as watched:
+        await watched.current.wait_change(0)
+        folder.files.key.write_bytes(A.svid("/web").key_pem)
+        await trio.sleep(pem_files.RECHECK_INTERVAL / 2)
+        assert watched.current.error == "key_mismatched"
+        assert checker.asked == 2
+        await trio.sleep(10 * pem_files.RECHECK_INTERVAL)
+        assert 10 <= checker.asked <= 13
+
+
+async def test_a_fault_of_a_file_is_not_remembered_for_what_was_refused_before(
+    folder: Folder, autojump_clock: MockClock
+) -> None:
+    async with watching(folder.files) as watched:
+        await watched.current.wait_change(0)
+        other, whole = A.svid("/web").key_pem, folder.files.key.read_bytes()
+        folder.files.key.write_bytes(other)
+        await trio.sleep(3)
+        folder.files.key.unlink()
+        await trio.sleep(3)
+        assert watched.current.error == "key_unreadable"
+        kit.write_whole(folder.files.key, other, mode=0o600)
+        await trio.sleep(3)
+        assert watched.current.error == "key_mismatched"
+        kit.write_whole(folder.files.key, whole, mode=0o600)
+        await trio.sleep(3)
+        assert watched.current.error is None
+
+
+async def test_a_checker_that_fails_takes_nothing_away_and_is_asked_until_it_does_not(
+    folder: Folder, autojump_clock: MockClock
+) -> None:
+    checker = Checker()
+    async with watching(folder.files, check=checker) as watched:
+        held = await watched.current.wait_change(0)
+        checker.broken = True
+        fresh = A.svid("/web")
+        folder.write(fresh)
+        await trio.sleep(5)
+        assert watched.current.error == "checker_failed"
+        assert watched.current.identity is held
+        checker.broken = False
+        await trio.sleep(2)
+        assert watched.current.error is None
+        assert watched.leaf == fresh.leaf

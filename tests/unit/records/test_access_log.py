@@ -44,7 +44,11 @@ def test_the_time_of_a_line_is_when_it_ended() -> None:
 def test_the_fields_of_an_exchange_are_those_of_its_record_and_documented() -> None:
     told = set(read(access_log.line(exchange())))
     record = {field.name for field in fields(Exchange)} - {"started_at"}
-    assert told == record | {"ts", "level", "event", "peer_kind", "peer_reason"} == set(documented("exchange.ended"))
+    assert (
+        told
+        == record | {"ts", "level", "event", "peer_kind", "peer_reason", "cached"}
+        == set(documented("exchange.ended"))
+    )
 
 
 def test_the_fields_of_a_connection_are_those_of_its_record_and_documented() -> None:
@@ -64,6 +68,19 @@ def test_the_fields_of_a_connection_are_those_of_its_record_and_documented() -> 
 def test_a_peer_is_its_id_or_the_reason_why_it_has_none(peer: Any, told: object) -> None:
     for line in (access_log.line(exchange(peer=peer)), access_log.connection_line(connection_ended(peer=peer))):
         assert tuple(read(line)[name] for name in ("peer", "peer_kind", "peer_reason")) == told
+
+
+@pytest.mark.parametrize(
+    ("record", "told"),
+    [
+        (exchange(), (False, None)),
+        (exchange(repeats="d-0"), (True, "d-0")),
+        (exchange(decision_id=None), (None, None)),
+    ],
+)
+def test_a_repeated_decision_is_told_with_the_one_that_it_repeats(record: Exchange, told: object) -> None:
+    line = read(access_log.line(record))
+    assert (line["cached"], line["repeats"]) == told
 
 
 def test_a_peer_that_was_never_settled_is_null() -> None:

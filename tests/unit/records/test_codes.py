@@ -8,6 +8,7 @@ from pathlib import Path
 from sidecar.records.codes import CODES, label
 
 SOURCES = Path(__file__).parents[3] / "sidecar"
+OPERATOR = {"OperatorFault", "BundleRefused", "NotBuilt"}
 CODE = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*_[a-z0-9]*")
 """A whole code, or the fixed beginning of one that is put together."""
 
@@ -33,10 +34,10 @@ def raised(tree: ast.Module) -> Iterator[str]:
     """Codes of errors and of the ends of connections. Faults of the operator end neither an exchange nor a connection."""
     for node in ast.walk(tree):
         match node:
-            case ast.ClassDef() if node.name != "OperatorFault":
+            case ast.ClassDef() if node.name not in OPERATOR:
                 for statement in node.body:
                     yield from assigned(statement, "code")
-            case ast.Call() if name(node.func).lstrip("_")[:1].isupper() and name(node.func) != "OperatorFault":
+            case ast.Call() if name(node.func).lstrip("_")[:1].isupper() and name(node.func) not in OPERATOR:
                 for keyword in node.keywords:
                     if keyword.arg == "code":
                         yield from words(keyword.value)

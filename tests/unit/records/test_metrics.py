@@ -11,12 +11,14 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from sidecar.model import Anonymous, Deny, LocalProcess, Status
 from sidecar.records.codes import CODES
+from sidecar.records.decision_log import Account
 from sidecar.records.live_table import LiveTable
 from sidecar.records.metrics import BOUNDS, Metrics
 from support.records import CALLER, connection_ended, decided, exchange, status
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "metrics.md"
 OPEN: Mapping[str, int] = {"inbound": 3, "health": 1}
+RESULTS = ("uploaded", "dropped", "failed")
 HOSTILE = st.text(st.characters(exclude_categories=("Cs",)), max_size=40)
 
 
@@ -280,8 +282,20 @@ def test_the_global_registry_is_not_touched() -> None:
     assert not [family for family in prometheus_client.REGISTRY.collect() if family.name.startswith("sidecar_")]
 
 
+def test_what_became_of_decisions_that_are_kept_is_shown_and_nothing_where_none_are() -> None:
+    account = Account(failed=1, dropped=2, uploaded=30, uploads=4, failed_uploads=5, waiting=6, waiting_bytes=700)
+    metrics = counting(kept=lambda: account)
+    events = {one: value(metrics, "sidecar_decision_log_events_total", result=one) for one in RESULTS}
+    assert events == {"uploaded": 30, "dropped": 2, "failed": 1}
+    assert value(metrics, "sidecar_decision_log_uploads_total", result="taken") == 4
+    assert value(metrics, "sidecar_decision_log_uploads_total", result="failed") == 5
+    assert value(metrics, "sidecar_decision_log_waiting_events") == 6
+    assert value(metrics, "sidecar_decision_log_waiting_bytes") == 700
+    assert not [family.name for family in families(counting()) if "decision_log" in family.name]
+
+
 def test_the_document_names_what_is_exposed() -> None:
-    metrics = counting()
+    metrics = counting(kept=Account)
     metrics.exchange(exchange(error="upstream_failed"))
     metrics.decided(decided(decision=None, error="decision_unavailable"))
     metrics.connection(connection_ended())

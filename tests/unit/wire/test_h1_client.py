@@ -288,3 +288,31 @@ async def test_a_connection_that_the_server_has_spoken_on_or_ended_is_stale(auto
     assert other.stale()
     other.close()
     assert other.stale()
+
+
+# ── heads that come again ─────────────────────────────────────────────────────────────────────────────────────────
+
+LENGTH = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nX: y\r\n\r\n"
+
+
+async def test_an_answer_that_comes_again_is_the_same_head_with_its_own_body(autojump_clock, ends):
+    heads = []
+    for body in (b"11", b"22", b"33"):
+        await ends.ask()
+        await ends.server.send_all(LENGTH + body)
+        heads.append(await ends.client.receive())
+        assert await rest(ends.client) == [body]
+        ends.client.renew()
+    assert heads[0] == heads[1] == heads[2]
+    assert heads[1] is heads[2], "it was not read again"
+
+
+async def test_the_same_head_to_another_method_means_something_else(autojump_clock, ends):
+    for _ in range(3):
+        for method, body in (("GET", [b"ok"]), ("HEAD", []), ("GET", [b"ok"])):
+            await ends.ask(method)
+            await ends.server.send_all(LENGTH + b"".join(body))
+            await ends.client.receive()
+            assert await rest(ends.client) == body
+            assert ends.client.reusable
+            ends.client.renew()

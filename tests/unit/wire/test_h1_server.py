@@ -485,3 +485,54 @@ async def test_a_tunnel_that_nobody_asked_for_is_a_defect(autojump_clock):
     async with serving(handle) as (client, _served):
         await client.send_all(GET)
         assert (await all_of(client)).startswith(b"HTTP/1.1 200 OK\r\n")
+
+
+# ── heads that come again ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_head_that_comes_again_is_the_same_request_with_its_own_body(autojump_clock):
+    seen: list[tuple[Request, bytes]] = []
+
+    async def handle(request: Request, reply: Reply) -> None:
+        body = b""
+        while isinstance(item := await request.body.receive(), bytes):
+            body += item
+        seen.append((request, body))
+        await ok(request, reply)
+
+    post = b"POST /x HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\n\r\n"
+    async with serving(handle) as (client, served):
+        for body in (b"1", b"2", b"3", b"4"):
+            await client.send_all(post + body)
+            assert (await client.receive_some()).endswith(b"/x")
+        await client.send_all(GET)
+        assert b"/x" in await client.receive_some()
+    assert [body for _, body in seen] == [b"1", b"2", b"3", b"4", b""]
+    heads = [request.head for request, _ in seen]
+    assert heads[0] == heads[1] == heads[2] == heads[3] != heads[4]
+    assert heads[2] is heads[3], "it was not read again"
+    kept = [request.kept for request, _ in seen]
+    assert (kept[0], kept[1]) == (None, {}), "there is room for what is made of it from the second time on"
+    assert kept[1] is kept[2] is kept[3]
+    assert served.exchanges == 5
+
+
+async def test_a_head_that_comes_again_is_refused_again(autojump_clock):
+    for _ in range(3):
+        async with serving() as (client, _served):
+            for _ in range(3):
+                await client.send_all(GET)
+                await client.receive_some()
+            await client.send_all(b"GET /x HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n")
+            assert b" 400 " in await client.receive_some()
+
+
+async def test_a_peer_that_is_no_longer_trusted_is_refused_what_it_was_given_before(autojump_clock):
+    trusted = [True]
+    async with serving(fresh=lambda: trusted[0]) as (client, _):
+        for _ in range(3):
+            await client.send_all(GET)
+            assert b" 200 " in await client.receive_some()
+        trusted[0] = False
+        await client.send_all(GET)
+        assert b" 421 " in await client.receive_some()

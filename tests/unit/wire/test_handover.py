@@ -16,6 +16,7 @@ from sidecar.wire import packets
 from sidecar.wire.handover import NAME, Alone, Handover
 from sidecar.wire.listening import bound
 from sidecar.wire.network import TcpNetwork
+from sidecar.wire.queues import shared_out
 
 HERE = Address(host="127.0.0.1", port=0)
 OTHER = Address(host="127.0.0.2", port=0)
@@ -103,6 +104,24 @@ async def test_a_successor_takes_the_sockets_with_all_that_waits_in_their_queues
                 client.close()
             assert old.told.names == ["handover.asked", "handover.completed"]
             assert new.told.names == ["handover.received"]
+
+
+async def test_an_address_with_several_queues_passes_with_all_of_them(directory):
+    async with reigning(directory) as old:
+        whole = old.listeners[HERE] = shared_out(old.listeners[HERE], 3)
+        whole.begin()
+        waiting = [await _queued(old) for _ in range(30)]
+        async with reigning(directory) as new:
+            await old.succeeded.wait()
+            taken = new.listeners[HERE]
+            assert len(taken.queues) == 3
+            assert new.told.events[0][1]["listeners"] == [str(HERE)]
+            old.end()
+            for _ in waiting:
+                accepted, _ = await taken.accept()
+                accepted.close()
+    for client in waiting:
+        client.close()
 
 
 async def test_what_the_old_one_does_not_have_is_left_to_be_bound(directory):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import random
 import socket
 from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import trio
@@ -105,6 +107,87 @@ async def test_whoever_waits_is_given_the_place_of_a_connection_that_ended_or_wa
         assert len(network.dialled) == 4
         assert open_ends(network) == []
         assert trio.current_time() == released_at
+
+
+class Dialled(PairNetwork):
+    """Connects after a while, and remembers how many did so at once."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self._seconds = seconds
+        self.most = self.now = 0
+
+    async def connect(self, to: Address | Path) -> socket.socket:
+        self.now += 1
+        self.most = max(self.most, self.now)
+        try:
+            await trio.sleep(self._seconds)
+            return await super().connect(to)
+        finally:
+            self.now -= 1
+
+
+async def test_a_crowd_that_meets_an_empty_pool_does_not_storm_the_upstream(autojump_clock):
+    network, agent = Dialled(0.1), Agent()
+
+    async def before() -> None:
+        await trio.sleep(1)  # so long that nobody is served by a connection that another one has made
+
+    agent.before = before
+    async with served(network, agent._connection), pool(network, max_connections=60, max_connecting=8) as client:
+        began = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            for _ in range(50):
+                nursery.start_soon(exchange, client, PLAIN)
+        assert network.most == 8
+        assert len(network.dialled) == 50
+        assert trio.current_time() - began < 0.1 * 50 / 8 + 0.2 + 1
+
+
+async def test_who_waits_for_others_to_connect_is_served_by_what_becomes_free_first(autojump_clock):
+    network, agent = Dialled(1.0), Agent()
+    async with served(network, agent._connection), pool(network, max_connections=60, max_connecting=2) as client:
+        async with trio.open_nursery() as nursery:
+            for _ in range(40):
+                nursery.start_soon(exchange, client, PLAIN)
+        assert len(network.dialled) <= 4
+
+
+async def test_who_waits_in_vain_for_others_to_connect_is_told_so(autojump_clock):
+    network = Dialled(math.inf)
+    async with pool(network, max_connections=60, max_connecting=2, connect_timeout=2.0) as client:
+        async with trio.open_nursery() as nursery:
+            faults: list[NotSent] = []
+
+            async def fail() -> None:
+                fault = await failed(client, PLAIN)
+                assert isinstance(fault, NotSent)
+                faults.append(fault)
+
+            for _ in range(10):
+                nursery.start_soon(fail)
+        assert [(fault.code, fault.status) for fault in faults] == [("upstream_connect_timeout", 504)] * 10
+        assert network.most == 2
+
+
+async def test_what_cannot_be_connected_to_keeps_nobody_waiting(autojump_clock):
+    network = PairNetwork()  # nobody listens
+    async with pool(network, max_connections=60, max_connecting=3) as client:
+        began = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            for _ in range(50):
+                nursery.start_soon(failed, client, PLAIN)
+        assert trio.current_time() == began
+
+
+async def test_as_many_may_come_at_once_as_before_there_was_such_a_bound(autojump_clock):
+    network, agent = Dialled(0.01), Agent()
+    async with served(network, agent._connection), pool(network, max_connections=20, max_connecting=2) as client:
+        async with trio.open_nursery() as nursery:
+            for _ in range(40):
+                nursery.start_soon(exchange, client, PLAIN)
+            await trio.testing.wait_all_tasks_blocked()
+            assert (await failed(client, PLAIN)).code == "upstream_overloaded"
 
 
 async def test_whoever_waits_is_not_given_a_connection_that_has_ended(autojump_clock):
@@ -584,14 +667,20 @@ async def test_where_all_addresses_fail_all_are_tried_all_the_same(autojump_cloc
         assert await exchange(client, PLAIN) == b"ok"
 
 
-@pytest.mark.parametrize("speaks", ["h1", "h2"])
-async def test_an_address_whose_requests_fail_again_and_again_gets_no_more_of_them(autojump_clock, speaks):
-    """Kept connections too: what is shared would go on carrying all there is."""
+@asynccontextmanager
+async def failing_slowly(speaks):
+    """A pool over two addresses of one upstream, which ejects one after three failures in a row."""
     places, told = Places(ONE, TWO), Told()
-    upstream = PLAIN if speaks == "h1" else H2C
     async with AsyncExitStack() as stack:
         await places.stand(stack, (Agent()._connection if speaks == "h1" else H2Agent().connection))
         client = await stack.enter_async_context(pool(places.network, log=told, max_failures=3))
+        yield places, told, client, PLAIN if speaks == "h1" else H2C
+
+
+@pytest.mark.parametrize("speaks", ["h1", "h2"])
+async def test_an_address_whose_requests_fail_again_and_again_gets_no_more_of_them(autojump_clock, speaks):
+    """Kept connections too: what is shared would go on carrying all there is."""
+    async with failing_slowly(speaks) as (places, told, client, upstream):
         for _ in range(3):
             stream = await client.open(upstream)
             await converse(stream)
@@ -607,11 +696,7 @@ async def test_an_address_whose_requests_fail_again_and_again_gets_no_more_of_th
 
 @pytest.mark.parametrize("speaks", ["h1", "h2"])
 async def test_an_answer_in_between_ends_a_row_of_failures(autojump_clock, speaks):
-    places, told = Places(ONE, TWO), Told()
-    upstream = PLAIN if speaks == "h1" else H2C
-    async with AsyncExitStack() as stack:
-        await places.stand(stack, (Agent()._connection if speaks == "h1" else H2Agent().connection))
-        client = await stack.enter_async_context(pool(places.network, log=told, max_failures=3))
+    async with failing_slowly(speaks) as (places, told, client, upstream):
         for number in range(20):
             stream = await client.open(upstream)
             await converse(stream)
@@ -624,11 +709,7 @@ async def test_an_answer_in_between_ends_a_row_of_failures(autojump_clock, speak
 
 @pytest.mark.parametrize("speaks", ["h1", "h2"])
 async def test_a_request_that_was_given_up_speaks_neither_for_an_address_nor_against_it(autojump_clock, speaks):
-    places, told = Places(ONE, TWO), Told()
-    upstream = PLAIN if speaks == "h1" else H2C
-    async with AsyncExitStack() as stack:
-        await places.stand(stack, (Agent()._connection if speaks == "h1" else H2Agent().connection))
-        client = await stack.enter_async_context(pool(places.network, log=told, max_failures=3))
+    async with failing_slowly(speaks) as (_, told, client, upstream):
         for number in range(3):
             stream = await client.open(upstream)
             await converse(stream)

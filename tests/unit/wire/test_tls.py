@@ -285,6 +285,36 @@ async def test_a_side_that_has_ended_first_sees_the_end_of_the_other(world):
     far.close()
 
 
+@pytest.mark.parametrize("doing", ["reading", "writing"])
+async def test_nothing_is_done_to_the_connection_that_has_the_descriptor_next(world, monkeypatch, doing):
+    near, far = await meet(credentials(world), credentials(world), "server")
+    await far.send_all(b"x")
+    assert await near.receive_some() == b"x"
+    descriptor = near.fileno()
+    others: list[socket.socket] = []
+
+    async def closed_meanwhile(*_: object) -> None:
+        near.close()
+        others.extend(socket.socketpair())
+        assert descriptor in [other.fileno() for other in others], "the number is in use again"
+        for other in others:
+            other.setblocking(False)
+            other.send(b"of somebody else")
+
+    monkeypatch.setattr(trio.lowlevel, "wait_readable", closed_meanwhile)
+    monkeypatch.setattr(trio.lowlevel, "wait_writable", closed_meanwhile)
+    with pytest.raises(trio.ClosedResourceError):
+        if doing == "reading":
+            await near.receive_some()
+        else:
+            await near.send_all(bytes(1 << 24))
+    assert [other.recv(100) for other in others] == [b"of somebody else"] * 2
+    monkeypatch.undo()
+    for other in others:
+        other.close()
+    far.close()
+
+
 async def test_a_stream_that_is_closed_just_as_something_comes_is_a_closed_one(world, monkeypatch):
     near, far = await meet(credentials(world), credentials(world), "server")
 

@@ -2,8 +2,9 @@
 # title: What a role says about a request
 # description: |
 #   A role is `{"allow": [rule, ...], "deny": [rule, ...], "description": "..."}`, all optional. A rule is
-#   `{"methods": [...], "paths": [...], "mtls_modes": [...], "require_tls": bool}`; the last two are optional, and the
-#   last is for `allow` only.
+#   `{"methods": [...], "paths": [...], "mtls_modes": [...]}`, the last optional. A rule of `allow` may have more
+#   conditions: `"require_tls": bool`, `"not_paths": [...]` and `"headers": {"<name>": [...]}`. Those are not for `deny`:
+#   a field is seen only where the configuration lists it, and one that is not listed would refuse nobody.
 #
 #   The request is read from `input` field by field and never passed as a whole: the fields that a decision can depend
 #   on are the key under which it is cached.
@@ -28,12 +29,13 @@ stance(role) := "broken" if {
 } else := "silent"
 
 # METADATA
-# title: Methods by which the role would grant this path, on this transport and in this mode
+# title: Methods by which the role would grant this path, on this transport, in this mode and with these header fields
 methods(role) := {method |
 	some rule in role.allow
-	match.any_fits(rule.paths, path)
+	covers(rule)
 	in_mode(rule)
 	on_transport(rule)
+	with_fields(rule)
 	sound_allow(rule)
 	some method in rule.methods
 }
@@ -43,10 +45,25 @@ methods(role) := {method |
 grants_in_other_mode(role) if {
 	some rule in role.allow
 	names_method(rule)
-	match.any_fits(rule.paths, path)
+	covers(rule)
 	not in_mode(rule)
 	on_transport(rule)
+	with_fields(rule)
 	sound_allow(rule)
+}
+
+# METADATA
+# title: Names of the header fields for whose values alone the role does not grant the request
+# description: The names only. What a field would have to hold may be known to few.
+fields_in_the_way(role) := {name |
+	some rule in role.allow
+	some name, accepted in rule.headers
+	names_method(rule)
+	covers(rule)
+	in_mode(rule)
+	on_transport(rule)
+	sound_allow(rule)
+	not carried(name, accepted)
 }
 
 # METADATA
@@ -54,8 +71,9 @@ grants_in_other_mode(role) if {
 grants_over_tls(role) if {
 	some rule in role.allow
 	names_method(rule)
-	match.any_fits(rule.paths, path)
+	covers(rule)
 	in_mode(rule)
+	with_fields(rule)
 	sound_allow(rule)
 }
 
@@ -88,14 +106,70 @@ sound_deny(rule) if {
 # description: |
 #   Methods are written in upper case, since a refusal of `delete` would refuse nothing. All are read as one text,
 #   of a line for each and an empty line between the kinds, because one expression over it is cheaper than many checks.
-sound_contents(rule) if regex.match(
-	`^(([A-Z][A-Z0-9_-]*|[*])\n)+\n((strict|permissive|disabled)\n)+(\n(/([^*/\n]*|[*]))*/([^*/\n]*|[*]{1,2}))+$`,
-	concat("\n", [
-		concat("\n", rule.methods), "",
-		concat("\n", object.get(rule, "mtls_modes", ["strict"])), "",
-		concat("\n", rule.paths),
-	]),
-)
+sound_contents(rule) if regex.match(contents, concat("\n", [
+	concat("\n", rule.methods), "",
+	concat("\n", object.get(rule, "mtls_modes", ["strict"])), "",
+	concat("\n", rule.paths),
+]))
+
+contents := concat("", [
+	`^(([A-Z][A-Z0-9_-]*|[*])\n)+`,
+	`\n((strict|permissive|disabled)\n)+`,
+	`(\n((/([^*/\n]*|[*]))*/([^*/\n]*|[*]{1,2})|/[*]{2}(/[^*/\n]+)+))+$`,
+])
+
+# METADATA
+# title: Whether these are well-formed patterns to be kept out of a grant
+# description: A malformed one would fit nothing, and the rule would grant more than was meant.
+sound_exceptions(paths) if {
+	is_array(paths)
+	sound_contents({"methods": ["*"], "paths": paths})
+}
+
+# METADATA
+# title: Whether a rule names the method of the request
+names_method(rule) if input.method in rule.methods
+
+names_method(rule) if {
+	"*" in rule.methods
+	is_string(input.method)
+}
+
+# METADATA
+# title: Whether an allow rule is about the path of the request
+covers(rule) if {
+	match.any_fits(rule.paths, path)
+	not excepted(rule)
+}
+
+# METADATA
+# title: Whether any of these patterns fits the path of the request
+# description: As a deny does, an exception covers both spellings of a path.
+kept_out(patterns) if {
+	some spelling in match.spellings(path)
+	match.any_fits(patterns, spelling)
+}
+
+# METADATA
+# title: Whether the request has this field with accepted values only
+# description: "All of its values must be: of two that contradict each other the agent may believe either. `*` is any."
+carried(name, accepted) if {
+	count(input.headers[name]) > 0
+	every value in input.headers[name] {
+		count({"*", value} & {one | some one in accepted}) > 0
+	}
+}
+
+# METADATA
+# title: The path of the request, as patterns are compared with it
+path := match.path(input.segments)
+
+# METADATA
+# title: Whether the request has a method and a path that a deny could be compared with
+asked if {
+	is_string(input.method)
+	is_string(path)
+}
 
 # METADATA
 # title: A refusal
@@ -115,12 +189,24 @@ sound(role) if {
 sound_conditions({})
 
 sound_conditions(conditions) if {
-	object.remove(conditions, ["mtls_modes", "require_tls"]) == {}
+	object.remove(conditions, ["mtls_modes", "require_tls", "not_paths", "headers"]) == {}
 	is_array(object.get(conditions, "mtls_modes", []))
 	is_boolean(object.get(conditions, "require_tls", true))
+	sound_exceptions(object.get(conditions, "not_paths", ["/"]))
+	sound_fields(object.get(conditions, "headers", {}))
 }
 
-path := match.path(input.segments)
+sound_fields(fields) if {
+	is_object(fields)
+	every name, accepted in fields {
+		regex.match(`^[a-z0-9!#$%&'*+.^_|~-]+$`, name)
+		is_array(accepted)
+		count(accepted) > 0
+		every one in accepted {
+			is_string(one)
+		}
+	}
+}
 
 denies(role) if {
 	some rule in role.deny
@@ -133,17 +219,24 @@ denies(role) if {
 grants(role) if {
 	some rule in role.allow
 	names_method(rule)
-	match.any_fits(rule.paths, path)
+	covers(rule)
 	in_mode(rule)
 	on_transport(rule)
+	with_fields(rule)
 	sound_allow(rule)
 }
 
-names_method(rule) if input.method in rule.methods
+excepted(rule) if {
+	patterns := rule.not_paths
+	kept_out(patterns)
+}
 
-names_method(rule) if {
-	"*" in rule.methods
-	is_string(input.method)
+with_fields(rule) if not rule.headers
+
+with_fields(rule) if {
+	every name, accepted in object.get(rule, "headers", {}) {
+		carried(name, accepted)
+	}
 }
 
 in_mode(rule) if input.mtls_mode in object.get(rule, "mtls_modes", ["strict", "permissive", "disabled"])

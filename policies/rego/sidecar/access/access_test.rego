@@ -2,7 +2,7 @@ package sidecar.access_test
 
 import data.sidecar.access
 
-question := {"method": "GET", "segments": ["a", "b"], "mtls_mode": "permissive", "tls": true}
+question := {"method": "GET", "segments": ["a", "b"], "mtls_mode": "permissive", "tls": true, "headers": {}}
 
 plaintext := object.union(question, {"tls": false})
 
@@ -73,11 +73,16 @@ test_malformed_allow_grants_nothing if {
 		null, "GET /**", ["GET", "/**"], [],
 		wide({"methods": "*"}), wide({"methods": {"x": "*"}}), wide({"methods": null}), wide({"methods": []}),
 		wide({"paths": "/**"}), wide({"paths": {"x": "/**"}}), wide({"paths": null}), wide({"paths": []}),
-		wide({"paths": ["**"]}), wide({"paths": ["/a/**/b", "/**/b", "/a*/b", "/a/b*", "a/b", "", null, 1]}),
+		wide({"paths": ["**"]}), wide({"paths": ["/a/**/b", "/**/b/**", "/a*/b", "/a/b*", "a/b", "", null, 1]}),
 		wide({"mtls_modes": []}), wide({"mtls_modes": "permissive"}), wide({"mtls_modes": {"x": "permissive"}}),
 		wide({"mtls_modes": null}), wide({"mtls_modes": false}), wide({"mtls_modes": ["lax"]}),
 		wide({"mtls_mode": ["strict"]}), wide({"require_tsl": true}),
 		wide({"require_tls": "no"}), wide({"require_tls": null}), wide({"require_tls": 0}),
+		wide({"not_paths": "/c"}), wide({"not_paths": null}), wide({"not_paths": []}), wide({"not_paths": false}),
+		wide({"not_paths": ["/c*"]}), wide({"not_paths": ["/c", 1]}), wide({"not_paths": {"x": "/c"}}),
+		wide({"headers": "x-tenant"}), wide({"headers": null}), wide({"headers": false}), wide({"headers": ["x-tenant"]}),
+		wide({"headers": {"x-tenant": []}}), wide({"headers": {"x-tenant": "*"}}), wide({"headers": {"X-Tenant": ["*"]}}),
+		wide({"headers": {"": ["*"]}}), wide({"headers": {"x-tenant": ["*", 1]}}),
 		object.remove(wide({}), ["methods"]), object.remove(wide({}), ["paths"]),
 	] {
 		access.stance({"allow": [allow]}) == "silent" with input as question
@@ -89,7 +94,7 @@ test_malformed_question_is_granted_nothing if {
 	role := {"allow": [wide({"require_tls": false})]}
 	access.stance(role) == "granted" with input as question
 	every broken in array.concat(
-		[object.remove(question, [field]) | some field, _ in question],
+		[object.remove(question, [field]) | some field, _ in question; field != "headers"],
 		[
 			object.union(question, {"method": null}), object.union(question, {"method": ["GET"]}),
 			object.union(question, {"tls": "true"}), object.union(question, {"tls": null}),
@@ -116,6 +121,62 @@ test_methods_are_those_that_would_be_granted if {
 	access.methods("role") == set() with input as question
 }
 
+# Cases: paths that are kept out, segments, the stance.
+test_exceptions_keep_paths_out_of_a_grant if {
+	every case in [
+		[["/a/c"], ["a", "b"], "granted"],
+		[["/a/b"], ["a", "b"], "silent"],
+		[["/a/b"], ["a", "b", ""], "silent"],
+		[["/a/b/"], ["a", "b"], "silent"],
+		[["/c", "/a/**"], ["a"], "silent"],
+		[["/a/*"], ["a"], "granted"],
+		[["/**/b"], ["x", "b"], "silent"],
+	] {
+		role := {"allow": [wide({"not_paths": case[0]})]}
+		access.stance(role) == case[2] with input as object.union(question, {"segments": case[1]})
+	}
+
+	# Another rule may grant what one keeps out: it is no deny.
+	access.stance({"allow": [wide({"not_paths": ["/a/b"]}), rule]}) == "granted" with input as question
+}
+
+# Cases: what is accepted, the fields of the request, the stance, the fields in the way.
+test_fields_are_conditions_of_a_grant if {
+	every case in [
+		[{"x-tenant": ["north"]}, {"x-tenant": ["north"]}, "granted", set()],
+		[{"x-tenant": ["south", "north"]}, {"x-tenant": ["north"]}, "granted", set()],
+		[{"x-tenant": ["*"]}, {"x-tenant": [""]}, "granted", set()],
+		[{}, {"x-tenant": ["north"]}, "granted", set()],
+		[{"x-tenant": ["north"]}, {"x-tenant": ["south"]}, "silent", {"x-tenant"}],
+		[{"x-tenant": ["north"]}, {"x-tenant": ["North"]}, "silent", {"x-tenant"}],
+		[{"x-tenant": ["north"]}, {"x-tenant": ["*"]}, "silent", {"x-tenant"}],
+		[{"x-tenant": ["*"]}, {}, "silent", {"x-tenant"}],
+		[{"x-tenant": ["*"]}, {"x-tenant": []}, "silent", {"x-tenant"}],
+		# Of two values that contradict each other the agent may believe either.
+		[{"x-tenant": ["north"]}, {"x-tenant": ["north", "south"]}, "silent", {"x-tenant"}],
+		[{"x-tenant": ["north"]}, {"x-tenant": ["north", "north"]}, "granted", set()],
+		[{"x-tenant": ["north"], "x-stage": ["test"]}, {"x-tenant": ["north"]}, "silent", {"x-stage"}],
+		[{"x-tenant": ["north"], "x-stage": ["test"]}, {"x-tenant": ["north"], "x-stage": ["test"]}, "granted", set()],
+	] {
+		role := {"allow": [with_rule({"headers": case[0]})]}
+		asked := object.union(object.remove(question, ["headers"]), {"headers": case[1]})
+		access.stance(role) == case[2] with input as asked
+		access.fields_in_the_way(role) == case[3] with input as asked
+	}
+	access.stance({"allow": [with_rule({"headers": {"x": ["*"]}})]}) == "silent"
+		with input as object.remove(question, ["headers"])
+}
+
+test_only_fields_are_in_the_way if {
+	every fields in [
+		{"methods": ["POST"]}, {"paths": ["/c"]}, {"not_paths": ["/a/b"]}, {"mtls_modes": ["strict"]}, {"typo": 1},
+	] {
+		role := {"allow": [with_rule(object.union(fields, {"headers": {"x-tenant": ["north"]}}))]}
+		access.fields_in_the_way(role) == set() with input as question
+	}
+	access.fields_in_the_way({"allow": [with_rule({"headers": {"x": ["*"]}})]}) == set() with input as plaintext
+}
+
 test_would_be_granted_otherwise if {
 	other_mode := {"allow": [with_rule({"mtls_modes": ["strict"]})]}
 	access.grants_in_other_mode(other_mode) with input as question
@@ -131,7 +192,9 @@ malformed_rules := [
 	with_rule({"methods": ["GET,POST"]}), with_rule({"methods": ["GET", "/c"]}), with_rule({"methods": {"x": "GET"}}),
 	with_rule({"paths": "/c"}), with_rule({"paths": []}), with_rule({"paths": [1]}), with_rule({"paths": null}),
 	with_rule({"paths": ["c"]}), with_rule({"paths": [""]}), with_rule({"paths": ["/c", ""]}),
-	with_rule({"paths": ["/c*"]}), with_rule({"paths": ["/**/c"]}), with_rule({"paths": ["/c", "/***"]}),
+	with_rule({"paths": ["/c*"]}), with_rule({"paths": ["/**/c/**"]}), with_rule({"paths": ["/c", "/***"]}),
+	with_rule({"paths": ["/**/"]}), with_rule({"paths": ["/**/*"]}), with_rule({"not_paths": ["/d"]}),
+	with_rule({"headers": {"x-tenant": ["north"]}}),
 	with_rule({"paths": ["/c", "GET"]}), with_rule({"paths": {"x": "/c"}}),
 	with_rule({"mtls_modes": []}), with_rule({"mtls_modes": "strict"}), with_rule({"mtls_modes": ["lax"]}),
 	with_rule({"mtls_modes": null}), with_rule({"mtls_modes": [1]}),

@@ -16,6 +16,7 @@ rbac := {
 			{"methods": ["GET"], "paths": ["/public/**"], "require_tls": false},
 			{"methods": ["GET"], "paths": ["/lobby"]},
 			{"methods": ["GET"], "paths": ["/strict"], "mtls_modes": ["strict"]},
+			{"methods": ["GET"], "paths": ["/tenant"], "headers": {"x-tenant": ["north"], "x-stage": ["*"]}},
 		]},
 		"barred": {"deny": [{"methods": ["*"], "paths": ["/**"]}]},
 	},
@@ -108,6 +109,15 @@ test_decisions if {
 			object.union(by("demo/sa/guest"), {"segments": ["strict"], "mtls_mode": "strict"}),
 			true, "rbac/guests", "granted to role guests",
 		],
+		# Header fields; a value is never told.
+		[
+			object.union(by("demo/sa/guest"), {"segments": ["tenant"], "headers": {"x-tenant": ["south"]}}),
+			false, "rbac/headers", "granted only with other values of x-stage, x-tenant",
+		],
+		[
+			object.union(by("demo/sa/guest"), {"segments": ["tenant"], "headers": {"x-tenant": ["north"], "x-stage": ["1"]}}),
+			true, "rbac/guests", "granted to role guests",
+		],
 		# A contradiction: an identity that this connection did not prove, or a missing one over TLS.
 		[{"tls": false}, false, "default", "no rule speaks for this request"],
 		[{"tls": false, "segments": ["public", "a"]}, false, "default", "no rule speaks for this request"],
@@ -198,10 +208,63 @@ test_malformed_question_refuses if {
 	}
 }
 
+# Cases: the overlays, fields of the question, whether it is allowed, rule, reason.
+test_teams if {
+	every case in [
+		[{}, {}, true, "rbac/readers", "granted to role readers"],
+		# A deny of any team outweighs every allow.
+		[{"a": {"inbound": {"deny": ["closed"]}}}, {}, false, "team/deny/a", "closed"],
+		[
+			{"a": {"inbound": {"allow": true}}, "b": {"inbound": {"deny": true}}},
+			{}, false, "team/deny/b", "denied by a rule of this team",
+		],
+		[
+			{"a": {"inbound": {"allow": true}}},
+			{"segments": ["other"]}, true, "team/a", "granted by a rule of this team",
+		],
+		[
+			{"b": {"inbound": {"allow": true}}, "a": {"inbound": {"allow": true}}},
+			by("demo/sa/stranger"), true, "team/a", "granted by a rule of this team",
+		],
+		# And no allow outweighs a deny of the library.
+		[
+			{"a": {"inbound": {"allow": true}}},
+			by("quarantine/x"), false, "rbac/deny/barred", "denied to this caller by an explicit rule",
+		],
+		[
+			{"a": {"inbound": {"allow": true}}},
+			by("demo/sa/roleless"), false, "rbac/broken/missing", "the policy for this caller is malformed",
+		],
+		# Nor opens anything to whoever proved nothing.
+		[
+			{"a": {"inbound": {"allow": true}}},
+			object.union(plaintext, {"method": "POST"}), false, "rbac/anonymous", "caller has no proven identity: plaintext",
+		],
+		[
+			{"a": {"inbound": {"allow": true}}},
+			object.union(plaintext, {"mtls_mode": "strict"}), false, "rbac/strict", "plaintext is not accepted here",
+		],
+		[{"a": {"inbound": {"allow": true}}}, {"tls": false}, false, "default", "no rule speaks for this request"],
+		[{"a": {"inbound": {"allow": true}}}, {"caller": null}, false, "rbac/anonymous", "caller has no proven identity: null"],
+		[{"a": {"inbound": {"allow": true}}}, {"segments": ["a/b"]}, false, "rbac/path", "this path is not granted to this caller"],
+		[{"a": {"inbound": {"allow": true}}}, {"method": null}, false, "rbac/method", "caller may only GET, HEAD here"],
+		# What is for another direction, or is no answer, says nothing.
+		[{"a": {"outbound": {"deny": true}, "egress": {"deny": true}}}, {}, true, "rbac/readers", "granted to role readers"],
+		[{"a": {"inbound": {"deny": false}}}, {}, true, "rbac/readers", "granted to role readers"],
+		[{"a": {"inbound": {"allow": false}}}, {"segments": ["other"]}, false, "rbac/path", "this path is not granted to this caller"],
+		[{"a": {"allow": true}}, {"segments": ["other"]}, false, "rbac/path", "this path is not granted to this caller"],
+	] {
+		answer := inbound.decision with input as with_fields(case[1])
+			with data.sidecar.rbac as object.union(rbac, {"bindings": {"spiffe://example.org/ns/demo/sa/roleless": ["missing"]}})
+			with data.team as case[0]
+		[answer.allow, answer.rule, answer.reason] == array.slice(case, 2, 5)
+	}
+}
+
 # Only what is named here may be part of the key of a cached decision; everything else must not matter.
 test_other_fields_do_not_matter if {
 	inbound.decision.rule == "rbac/readers" with data.sidecar.rbac as rbac with input as with_fields({
-		"direction": "fleet", "path": "/other", "query": {"a": ["b"]}, "headers": {"x-role": ["operators"]},
+		"direction": "fleet", "path": "/other", "query": {"a": ["b"]},
 		"host": "other", "port": null, "protocol": "HTTP/1.0", "target": {}, "claims": {}, "credential": {},
 	})
 }

@@ -93,3 +93,44 @@ test_problems_of_destinations if {
 		lint.problems == case[1] with data.sidecar.destinations as case[0]
 	}
 }
+
+# Cases: entries of `hosts`, what is reported.
+test_problems_of_hosts if {
+	every case in [
+		[{"api.example.com": {"allow": [egress_rule], "deny": [object.union(rule, {"schemes": ["tunnel"]})]}, "*": {}}, set()],
+		[{"*.example.com": {"allow": [object.union(rule, {"not_paths": ["/a/b"]})]}, "2001:db8::1": {}, "::1": {}}, set()],
+		[{"[::1]": {}}, {"sidecar.hosts: neither a host nor *.<domain> nor *, in lower case: [::1]"}],
+		[[], {"sidecar.hosts: must be an object"}],
+		[{"a": {"allow": "/"}}, {sprintf("sidecar.hosts.a: %s", [no_role])}],
+		[{"a": {"allow": [object.union(rule, {"require_tls": false})]}}, {"sidecar.hosts.a.allow[0]: malformed rule"}],
+		[{"a": {"deny": [object.union(rule, {"ports": [0]})]}}, {"sidecar.hosts.a.deny[0]: malformed rule"}],
+		[{"A": {}}, {"sidecar.hosts: neither a host nor *.<domain> nor *, in lower case: A"}],
+		[{"a.": {}}, {"sidecar.hosts: neither a host nor *.<domain> nor *, in lower case: a."}],
+		[{"a*.b": {}}, {"sidecar.hosts: neither a host nor *.<domain> nor *, in lower case: a*.b"}],
+		[{"a:443": {}}, {"sidecar.hosts: neither a host nor *.<domain> nor *, in lower case: a:443"}],
+		[
+			{"a": {"allow": [object.union(rule, {"schemes": ["tunnel"]})], "deny": [rule]}},
+			{"sidecar.hosts.a: a tunnel is granted, in which what is denied here by path cannot be seen"},
+		],
+	] {
+		lint.problems == case[1] with data.sidecar.hosts as case[0]
+	}
+}
+
+egress_rule := object.union(rule, {"ports": [443, 8443], "schemes": ["https", "http"]})
+
+# Cases: entries of `bundles`, what is reported.
+test_problems_of_bundles if {
+	every case in [
+		[{"*": {"look": [budget], "deny": ["spiffe://example.org/ns/*/sa/lost"]}, "sidecar": {}}, set()],
+		[[], {"sidecar.bundles: must be an object"}],
+		[
+			{"a": {"write": [budget]}},
+			{"sidecar.bundles.a: must be an object with no other keys than deny, look, promote, publish, read, report"},
+		],
+		[{"a": {"read": budget}}, {"sidecar.bundles.a.read: must be a list of SPIFFE IDs and patterns"}],
+		[{"a": {"read": ["spiffe://*/**"]}}, {"sidecar.bundles.a.read: must be a list of SPIFFE IDs and patterns"}],
+	] {
+		lint.problems == case[1] with data.sidecar.bundles as case[0]
+	}
+}

@@ -2,12 +2,14 @@
 # title: Patterns
 # description: |
 #   Path patterns and SPIFFE ID patterns, matched segment by segment. In a pattern `*` stands for exactly one segment
-#   that is not empty, and `**`, at the end only, for a tail of zero or more segments. Every other segment is compared
-#   as it is. What is matched is never read as a pattern: a `*` in a request is an ordinary character.
+#   that is not empty, and `**` for zero or more segments: at the end for a tail, or at the beginning, where everything
+#   after it is literal. Every other segment is compared as it is. What is matched is never read as a pattern: a `*` in a
+#   request is an ordinary character.
 #
 #   A pattern that breaks this grammar stands for nothing but its own spelling: harmless where something is granted,
 #   while a rule that refuses is read only after `access.sound_contents` has looked at it. A walk over segments is slow
-#   in Rego, and most patterns need none: a literal one is an equality, one with nothing but a tail is a prefix.
+#   in Rego, and most patterns need none: a literal one is an equality, one with nothing but a tail is a prefix, one that
+#   begins with `/**/` is a suffix.
 package sidecar.match
 
 # METADATA
@@ -24,7 +26,8 @@ path(segments) := concat("", ["/", joined]) if {
 
 # METADATA
 # title: Whether any of these path patterns fits the path
-# description: "`/a/**` fits `/a`, `/a/` and `/a/b/c`; `/a/*` fits `/a/b`, and neither `/a` nor `/a/`."
+# description: |
+#   `/a/**` fits `/a`, `/a/` and `/a/b/c`; `/a/*` fits `/a/b`, and neither `/a` nor `/a/`; `/**/c` fits `/c` and `/a/b/c`.
 any_fits(patterns, path) if path in patterns
 
 any_fits(patterns, path) if {
@@ -32,6 +35,13 @@ any_fits(patterns, path) if {
 	some pattern in patterns
 	startswith(with_slash, trim_suffix(pattern, "**"))
 	endswith(pattern, "/**")
+}
+
+any_fits(patterns, path) if {
+	some pattern in patterns
+	startswith(pattern, "/**/")
+	regex.match(`^/[*]{2}(/[^*/]+)+$`, pattern)
+	endswith(path, substring(pattern, 3, -1))
 }
 
 any_fits(patterns, path) if {

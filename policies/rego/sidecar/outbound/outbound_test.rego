@@ -15,6 +15,7 @@ destinations := {
 			{"methods": ["GET"], "paths": ["/open/**"], "require_tls": false},
 			{"methods": ["GET"], "paths": ["/late"], "mtls_modes": ["strict"]},
 			{"methods": ["*"], "paths": ["/any"]},
+			{"methods": ["GET"], "paths": ["/tenant"], "headers": {"x-tenant": ["north"]}},
 		]},
 		"silent": {},
 		"barred": {"deny": [{"methods": ["*"], "paths": ["/**"]}]},
@@ -101,6 +102,15 @@ test_decisions if {
 			object.union(to("legacy", []), {"segments": ["late"]}),
 			false, "outbound/mode", "not granted to this agent in mode permissive",
 		],
+		# Header fields.
+		[
+			object.union(to("legacy", []), {"segments": ["tenant"], "headers": {"x-tenant": ["south"]}}),
+			false, "outbound/headers", "granted only with other values of x-tenant",
+		],
+		[
+			object.union(to("legacy", []), {"segments": ["tenant"], "headers": {"x-tenant": ["north"]}}),
+			true, "outbound/route/legacy", "granted for route/legacy",
+		],
 		# No target.
 		[{"target": null}, false, "default", "no rule speaks for this request"],
 	] {
@@ -108,6 +118,25 @@ test_decisions if {
 		[answer.allow, answer.rule, answer.reason] == array.slice(case, 1, 4)
 		object.get(answer, "status", "none") == {true: "none", false: 403}[answer.allow]
 		object.keys(answer) - {"allow", "reason", "rule", "status"} == set()
+	}
+}
+
+# Cases: the overlays, fields of the question, whether it is allowed, rule, reason.
+test_teams if {
+	every case in [
+		[{"a": {"outbound": {"deny": ["closed"]}}}, {}, false, "team/deny/a", "closed"],
+		[{"a": {"inbound": {"deny": true}, "egress": {"deny": true}}}, {}, true, "outbound/route/backend", "granted for route/backend"],
+		[{"a": {"outbound": {"allow": true}}}, {"segments": ["x"]}, true, "team/a", "granted by a rule of this team"],
+		[{"a": {"outbound": {"allow": true}}}, to("other", []), true, "team/a", "granted by a rule of this team"],
+		[{"a": {"outbound": {"allow": true}}}, to("barred", []), false, "outbound/deny/route/barred", refused],
+		[{"a": {"outbound": {"allow": true}}}, {"tls": false}, false, "outbound/plaintext", "plaintext to this target is not granted"],
+		[{"a": {"outbound": {"allow": true}}}, {"target": null}, false, "default", "no rule speaks for this request"],
+		[{"a": {"outbound": {"allow": true}}}, {"segments": ["a/b"]}, false, "outbound/path", no_path],
+	] {
+		answer := outbound.decision with input as with_fields(case[1])
+			with data.sidecar.destinations as destinations
+			with data.team as case[0]
+		[answer.allow, answer.rule, answer.reason] == array.slice(case, 2, 5)
 	}
 }
 
