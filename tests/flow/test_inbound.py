@@ -68,6 +68,24 @@ async def test_a_denial_answers_403_and_sends_nothing(autojump_clock, tmp_path):
         assert line["decision_id"] == problem["decision_id"]
 
 
+async def test_callers_who_say_the_same_to_the_byte_are_each_decided_on_and_named_as_themselves(
+    autojump_clock, tmp_path
+):
+    """What is remembered of a head that comes again is of one caller: another one's head is another one."""
+    async with world(tmp_path, mode="permissive") as it:
+        it.opa.policy = lambda given: {"allow": (given["caller"] or "").endswith("/sa/good")}
+        good, evil, nobody = (
+            await it.client(it.credentials("/ns/demo/sa/good")), await it.client(it.credentials("/ns/demo/sa/evil")),
+            await it.client(),
+        )  # fmt: skip
+        for _ in range(4):
+            assert [status(await ask(stream, get("/same"))) for stream in (good, evil, nobody)] == [200, 403, 403]
+        names = [f"spiffe://a.test/ns/demo/sa/{one}" for one in ("good", "evil")]
+        assert [question["caller"] for question in it.opa.questions] == 4 * [*names, None]
+        assert len(it.agent.messages) == 4
+        assert all(b"x-forwarded-spiffe-id: spiffe://a.test/ns/demo/sa/good\r\n" in one for one in it.agent.messages)
+
+
 @pytest.mark.parametrize("wanted", [401, 404, 429])
 async def test_a_denial_may_name_another_status(autojump_clock, tmp_path, wanted):
     async with world(tmp_path) as it:

@@ -11,7 +11,7 @@ from support.live import running
 
 pytestmark = pytest.mark.live
 
-MAX_IDLE_BYTES = 50 * 1024 * 1024
+MAX_IDLE_BYTES = 42 * 1024 * 1024
 
 
 def test_an_idle_sidecar_stays_within_its_memory(tmp_path: Path, opa: Path) -> None:

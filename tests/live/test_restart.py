@@ -136,15 +136,7 @@ def test_sockets_that_are_held_for_us_outlast_us(opa: Path, tmp_path: Path) -> N
         held = [stack.enter_context(socket.create_server(("127.0.0.1", port))) for port in ports]
         descriptors = [one.fileno() for one in held]
         waiting = socket.create_connection(("127.0.0.1", live.ports["strict"]), timeout=PATIENCE)
-        program = (
-            "import os, sys\n"
-            "kept = [os.dup(int(one)) for one in sys.argv[1].split(',')]\n"
-            "for position, one in enumerate(kept): os.set_inheritable(os.dup2(one, 3 + position), True)\n"
-            "os.environ.update(LISTEN_FDS=str(len(kept)), LISTEN_PID=str(os.getpid()))\n"
-            "os.execv(sys.argv[2], sys.argv[2:])\n"
-        )
-        sidecar = [str(Path(sys.executable).with_name("sidecar")), "run", "--config", str(tmp_path / "sidecar.yaml")]
-        command = [sys.executable, "-c", program, ",".join(map(str, descriptors)), *sidecar]
+        command = stage.handed(descriptors, tmp_path / "sidecar.yaml")
         for number in range(2):
             with (tmp_path / "sidecar.log").open("ab") as log:
                 process = subprocess.Popen(command, stderr=log, pass_fds=descriptors)

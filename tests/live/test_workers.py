@@ -229,17 +229,9 @@ def test_a_socket_that_is_held_for_us_is_accepted_from_by_all(opa: Path, tmp_pat
         held = [stack.enter_context(socket.create_server(("127.0.0.1", port), backlog=512)) for port in ports]
         descriptors = [one.fileno() for one in held]
         early = socket.create_connection(("127.0.0.1", live.ports["strict"]), timeout=PATIENCE)
-        program = (
-            "import os, sys\n"
-            "kept = [os.dup(int(one)) for one in sys.argv[1].split(',')]\n"
-            "for position, one in enumerate(kept): os.set_inheritable(os.dup2(one, 3 + position), True)\n"
-            "os.environ.update(LISTEN_FDS=str(len(kept)), LISTEN_PID=str(os.getpid()))\n"
-            "os.execv(sys.argv[2], sys.argv[2:])\n"
-        )
-        sidecar = [str(Path(sys.executable).with_name("sidecar")), "run", "--config", str(tmp_path / "sidecar.yaml")]
         (tmp_path / "sidecar.log").unlink()
         with (tmp_path / "sidecar.log").open("ab") as log:
-            command = [sys.executable, "-c", program, ",".join(map(str, descriptors)), *sidecar]
+            command = stage.handed(descriptors, tmp_path / "sidecar.yaml")
             live.process = subprocess.Popen(command, stderr=log, pass_fds=descriptors)
         with live.context("http/1.1").wrap_socket(early, server_hostname=HOST) as secured:
             assert status(exchange(secured, GOOD)) == 200

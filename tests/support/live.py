@@ -366,6 +366,19 @@ def _wait_ready(live: Live) -> None:
     raise AssertionError(f"the sidecar did not become ready: {live.news()}")
 
 
+def handed(descriptors: Sequence[int], config: Path) -> list[str]:
+    """The command of a sidecar to which a service manager hands these sockets, as systemd does (LISTEN_FDS)."""
+    program = (
+        "import os, sys\n"
+        "kept = [os.dup(int(one)) for one in sys.argv[1].split(',')]\n"
+        "for position, one in enumerate(kept): os.set_inheritable(os.dup2(one, 3 + position), True)\n"
+        "os.environ.update(LISTEN_FDS=str(len(kept)), LISTEN_PID=str(os.getpid()))\n"
+        "os.execv(sys.argv[2], sys.argv[2:])\n"
+    )
+    sidecar = [str(Path(sys.executable).with_name("sidecar")), "run", "--config", str(config)]
+    return [sys.executable, "-c", program, ",".join(map(str, descriptors)), *sidecar]
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as sock:
         port: int = sock.getsockname()[1]
