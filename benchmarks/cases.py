@@ -52,6 +52,7 @@ PEERS: Mapping[str, Shape] = {
     "sidecar": Shape(proxy="sidecar"),
     "sidecar_1": Shape(proxy="sidecar", one_worker=True),
     "envoy": Shape(proxy="envoy"),
+    "envoy_1": Shape(proxy="envoy", one_worker=True),
     "nginx_njs": Shape(proxy="nginx"),
     "nginx": Shape(proxy="nginx", asks=False),
 }
@@ -88,7 +89,7 @@ CASES: Mapping[str, Case] = {
         ),
         Case(
             name="workers_2", about="h1_cached with 2 workers", plan=Plan(), workers=2,
-            peers=(OURS, "sidecar_1", "envoy"),
+            peers=(OURS, "sidecar_1", "envoy", "envoy_1"),
         ),
         Case(name="two_hops", about="h1_cached through two proxies", plan=Plan(), hops=2, peers=(OURS, "envoy")),
         Case(

@@ -9,6 +9,7 @@ A function is named by whoever wants it done, since the ground does not know wha
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from typing import Any
@@ -23,6 +24,8 @@ __all__ = ["Apart", "here", "in_child", "in_thread"]
 
 _TIMEOUT = 120.0
 """The largest bundle that is taken needs some seconds; a machine may be slow."""
+_GRACE = 10
+"""Seconds more after which a child that has outlived us ends."""
 
 
 async def here(function: str, /, *arguments: object) -> Any:
@@ -37,8 +40,11 @@ async def in_thread(function: str, /, *arguments: object) -> Any:
 
 
 async def in_child(function: str, /, *arguments: object) -> Any:
-    """In a child that imports what we would."""
-    program = f"import sys; sys.path[:] = {sys.path!r}; from sidecar.errand import do; do()"
+    """In a child that imports what we would. It ends by itself where nobody is left to end it."""
+    program = (
+        f"import signal, sys; signal.alarm({math.ceil(_TIMEOUT) + _GRACE}); sys.path[:] = {sys.path!r};"
+        " from sidecar.errand import do; do()"
+    )
     try:
         with trio.fail_after(_TIMEOUT):
             # In a session of its own: what a terminal sends is for us to obey.
@@ -49,6 +55,8 @@ async def in_child(function: str, /, *arguments: object) -> Any:
         done = errand.unpacked(ended.stdout) if ended.returncode == 0 else None
     except OSError as error:
         raise _failed(f"cannot be started: {error.strerror}") from error
+    except RuntimeError as error:  # no thread to start it from: where processes are counted, threads are
+        raise _failed(f"cannot be started: {error}") from error
     except trio.TooSlowError as error:
         raise _failed(f"took longer than {_TIMEOUT:.0f} s") from error
     except ValueError as error:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from sidecar.config import Rate
 from sidecar.errors import ClientFault, PlaintextOnly, RateLimited
-from sidecar.model import Connection, Fields, Inquiry, Permit, RequestHead, Response, Workload
+from sidecar.model import Connection, Fields, Inquiry, Permit, Request, RequestHead, Response, Workload, maker
 from sidecar.wire import headers
 from sidecar.wire.target import query_pairs
 from sidecar.wire.upstream import Upstream
@@ -25,7 +25,7 @@ class Attempt:
     upstream: Upstream
     head: RequestHead
     """As it is sent: authority and target are those of the question."""
-    fields: Fields
+    fields: Fields = field(repr=False)
     inquiry: Inquiry
     reserved: frozenset[bytes] = frozenset()
     """Folded names that policy sees: what it was shown in the head may not come again in the trailers."""
@@ -89,6 +89,50 @@ class Seen:
         if head.upgrade is not None and b"upgrade" in self.headers:
             seen["upgrade"] = (head.upgrade.lower(),)
         return seen
+
+
+_attempt = maker(Attempt)
+_OF_EACH = frozenset({b"x-request-id", b"traceparent"})
+"""Fields that differ from one request to the next that is otherwise the same."""
+
+
+class Plan:
+    """An attempt that serves again for the same head of the same client, under other ids.
+
+    `terms`: all that it followed from besides, and which holds for as long as it is what it was.
+    """
+
+    __slots__ = ("attempt", "ids_at", "terms")
+
+    def __init__(self, attempt: Attempt, terms: tuple[object, ...]) -> None:
+        self.attempt = attempt
+        self.terms = terms
+        self.ids_at = headers.ids_at(attempt.fields)
+
+    def again(self, ids: Ids) -> Attempt:
+        first = self.attempt
+        return _attempt(
+            upstream=first.upstream, head=first.head,
+            fields=headers.with_ids(first.fields, self.ids_at, ids.request, ids.traceparent),
+            inquiry=first.inquiry, reserved=first.reserved, timeout=first.timeout, retries=first.retries,
+            bucket=first.bucket, upstream_decides=first.upstream_decides,
+        )  # fmt: skip
+
+
+def keep_plan(request: Request, attempt: Attempt, seen: Seen, *terms: object) -> None:
+    """Keep an attempt for the next request with this head, where the head is remembered and nothing of the attempt is of this
+    request alone: ids that policy sees, a proof that is still to be had, a way down, or a `tracestate`, which goes on with the
+    parent that it came with and with no other.
+    """
+    kept = request.kept
+    if (
+        kept is not None
+        and attempt.proven is None
+        and attempt.step_down is None
+        and not (seen.headers | seen.reserved) & _OF_EACH
+        and not any(name == b"tracestate" for name, _ in request.head.fields)
+    ):
+        kept["plan"] = Plan(attempt, (seen, *terms))
 
 
 _WHOLE = 1 - 1e-6

@@ -87,6 +87,7 @@ class FleetApp:
         self._metrics = Metrics(
             live=self._live, directions=("fleet",), connections=self._serving.open_connections, dropped=lost,
             kept=lambda: self._decision_log.account() if self._decision_log is not None else None,
+            sharing=lambda: self._decisions.sharing_use,
         )  # fmt: skip
         self._records = Records(self._metrics, access.write if access is not None else None)
         self._client = Client(network, self._presented.in_use, parts.client_settings(shared), log=self._event)

@@ -126,7 +126,9 @@ class Forward:
             try:
                 stream = await client.open(self._attempt.upstream, fresh)
                 try:
-                    return await self._carry(stream)
+                    await self._carry(stream)
+                    self._upload = None  # it refers to us, and no cycle is left behind for the collector
+                    return
                 finally:
                     stream.release()
             except UpstreamFault as fault:

@@ -11,35 +11,25 @@ from collections.abc import Callable
 from dataclasses import replace
 from urllib.parse import quote
 
-from sidecar.attempt import Attempt, Bucket, Ids, Seen, is_grpc, not_connect, not_elsewhere, offered, sendable
+from sidecar.attempt import (
+    Attempt,
+    Bucket,
+    Ids,
+    Plan,
+    Seen,
+    is_grpc,
+    keep_plan,
+    not_connect,
+    not_elsewhere,
+    offered,
+    sendable,
+)
 from sidecar.config import AgentUpstream, Rate
 from sidecar.model import Anonymous, Connection, Direction, Inquiry, Mode, Request, RequestHead, Workload, maker
 from sidecar.wire import headers
 from sidecar.wire.upstream import Upstream
 
 _attempt, _inquiry = maker(Attempt), maker(Inquiry)
-_OF_EACH = frozenset({b"x-request-id", b"traceparent"})
-"""Fields that differ from one request to the next that is otherwise the same."""
-
-
-class _Plan:
-    """The attempt that was made of a head and its connection. It serves again, but for the ids, as long as policy sees the same."""
-
-    __slots__ = ("attempt", "ids_at", "seen")
-
-    def __init__(self, attempt: Attempt, seen: Seen) -> None:
-        self.attempt = attempt
-        self.seen = seen
-        self.ids_at = headers.ids_at(attempt.fields)
-
-    def again(self, ids: Ids) -> Attempt:
-        first = self.attempt
-        return _attempt(
-            upstream=first.upstream, head=first.head,
-            fields=headers.with_ids(first.fields, self.ids_at, ids.request, ids.traceparent),
-            inquiry=first.inquiry, reserved=first.reserved, timeout=first.timeout, retries=first.retries,
-            bucket=first.bucket,
-        )  # fmt: skip
 
 
 class Inbound:
@@ -74,12 +64,11 @@ class Inbound:
 
     def attempt(self, connection: Connection, request: Request, ids: Ids) -> Attempt:
         kept, seen = request.kept, self._seen()
-        plan: _Plan | None = kept.get("inbound") if kept is not None else None
-        if plan is not None and plan.seen is seen:
+        plan: Plan | None = kept.get("plan") if kept is not None else None
+        if plan is not None and plan.terms[0] is seen:
             return plan.again(ids)
         attempt = self._planned(connection, request, ids, seen)
-        if kept is not None and not (seen.headers | seen.reserved) & _OF_EACH and not _has_state(request.head):
-            kept["inbound"] = _Plan(attempt, seen)
+        keep_plan(request, attempt, seen)
         return attempt
 
     def _planned(self, connection: Connection, request: Request, ids: Ids, seen: Seen) -> Attempt:
@@ -115,11 +104,6 @@ class Inbound:
         if self._protocol == "h2c" or (is_grpc(head) and head.upgrade is None):
             return self._h2
         return self._h1
-
-
-def _has_state(head: RequestHead) -> bool:
-    """Whether there is a `tracestate`, which goes on with the parent that it came with, and with no other."""
-    return any(name == b"tracestate" for name, _ in head.fields)
 
 
 def _xfcc(caller: str) -> str:

@@ -37,7 +37,7 @@ _BATCH = 65_536
 
 
 class Sink(Protocol):
-    """Takes whole lines, without their end. Neither method waits or raises."""
+    """Takes a whole line, or several, without the end of the last. Neither method waits or raises."""
 
     def write(self, line: bytes) -> None: ...
 
@@ -78,8 +78,8 @@ class LineSink:
         if self._pending_bytes >= self._batch_bytes:
             self.flush()
             while self._lines and self._pending_bytes + len(self._begun) > self._max_pending_bytes:
-                self._pending_bytes -= len(self._lines.popleft()) + 1
-                self.dropped += 1
+                self._pending_bytes -= len(self._lines[0]) + 1
+                self.dropped += self._lines.popleft().count(b"\n") + 1
 
     def flush(self) -> None:
         """Hand over as much as is taken without waiting."""
@@ -107,7 +107,7 @@ class LineSink:
     def close(self) -> None:
         """Hand over what is taken, count what is not, and close the file if we opened it."""
         self.flush()
-        self.dropped += len(self._lines)
+        self.dropped += sum(lines.count(b"\n") + 1 for lines in self._lines)
         self._lines.clear()
         if self._path is not None:
             with suppress(OSError):

@@ -79,7 +79,7 @@ class Identity:
 
     id: SpiffeId
     chain: bytes
-    """PEM, leaf first."""
+    """PEM, leaf first. Never the leaf alone: then OpenSSL would look for its issuer, and verify it, in each handshake."""
     key: bytes = field(repr=False)
     """PEM, unencrypted. Never logged: it is kept out of the repr."""
     trust: Mapping[str, frozenset[bytes]]
@@ -154,7 +154,7 @@ Data: TypeAlias = bytes
 
 @dataclass(frozen=True, slots=True)
 class Trailers:
-    fields: Fields
+    fields: Fields = field(repr=False)
 
 
 class Aborted(Exception):
@@ -192,8 +192,8 @@ class Target:
     """A canonical origin-form target (made by `wire.target` only). `path` + `?query` is what is sent upstream."""
 
     path: str
-    query: str | None
-    """As it came, without the `?`; None where there was none."""
+    query: str | None = field(repr=False)
+    """As it came, without the `?`; None where there was none. No log has it, and no repr: it may hold a secret."""
     segments: tuple[str, ...]
     """Decoded path segments; an encoded slash that a route allows stays encoded here too."""
 
@@ -208,8 +208,8 @@ class RequestHead:
     host: str
     """Authority's host, lower case, without brackets or port; "" where an HTTP/1.0 client sent none."""
     port: int | None
-    fields: Fields
-    """All fields but `host` (it is `authority`)."""
+    fields: Fields = field(repr=False)
+    """All fields but `host` (it is `authority`). They may hold secrets, and so are kept out of the repr, as everywhere."""
     protocol: Protocol_
     upgrade: str | None = None
     """The protocol asked for by `Upgrade` (h1) or `:protocol` (h2)."""
@@ -234,7 +234,7 @@ class Request:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResponseHead:
     status: int
-    fields: Fields = ()
+    fields: Fields = field(default=(), repr=False)
     kept: dict[Any, Any] | None = field(default=None, compare=False, repr=False)
     """Where this head is remembered: what was made of it, to be used when it comes again."""
 
@@ -530,6 +530,22 @@ class CacheUse:
     evicted: int = 0
     entries: int = 0
     bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharingUse:
+    """What became so far of questions to policy that went to OPA together."""
+
+    questions: int = 0
+    answered: int = 0
+    """Queries; the next two likewise."""
+    failed: int = 0
+    """As a whole, or given up since they took too long: those in them were asked alone."""
+    abandoned: int = 0
+    """Given up since all that were in them had left."""
+    pauses: int = 0
+    kept_out: int = 0
+    """How often somebody was asked alone from then on, for a while."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,13 +2,16 @@
 
 Orders go down as pickles: they hold keys and a whole configuration, come from whoever started the worker, and are read by a
 process that has less to lose. What comes up was made where strangers are listened to, so it is JSON and lines of text, and
-never a pickle.
+never a pickle: `said`, `refusal`, `decided` and `intake.told` make values of it that are what they should be, or raise.
 
     down   order     one of the values below; those with a `number` are answered when they have been obeyed
     up     word      JSON: {"is": "ready"} · {"failed": code, "detail": …} · {"obeyed": number, "refused": [code, detail] | null}
-                     · {"told": number, …} what was measured (`told`)
+                     · {"told": number, …} what was measured (`intake.told`)
            access    lines of the access log, decision  of the decision log: whole lines, without the last end
            compared  JSON: a decision for the candidate that is compared (`compared`)
+
+A worker is of the version of its supervisor, or it does not begin: a pickle names values by their place, so another version
+would read one setting as another.
 """
 
 from __future__ import annotations
@@ -17,11 +20,11 @@ import json
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 from sidecar.config import Config
 from sidecar.errand import packed
-from sidecar.model import Allow, Decided, Deny, Identity, Inquiry, Lending
+from sidecar.model import Allow, Decided, Deny, Direction, Identity, Inquiry, Lending
 
 ORDER, WORD, ACCESS, DECISION, COMPARED = b"o", b"w", b"a", b"d", b"c"
 """Kinds of frames."""
@@ -150,6 +153,24 @@ def word(said: Mapping[str, object]) -> bytes:
     return json.dumps(said, separators=(",", ":")).encode("ascii")
 
 
+def said(payload: bytes) -> Mapping[str, Any]:
+    """A word as it was said. Raises ValueError for what is none."""
+    read = _json(payload)
+    if not isinstance(read, dict):
+        raise ValueError("no word")  # noqa: TRY004  (what was said is a value)
+    return read
+
+
+def refusal(of: object) -> tuple[str, str] | None:
+    """Why an order was refused: code and detail; None where it was obeyed. Raises ValueError."""
+    match of:
+        case None:
+            return None
+        case [str(code), str(detail)]:
+            return code, detail
+    raise ValueError("no refusal")
+
+
 def compared(decided: Decided) -> bytes | None:
     """A decision for whoever compares; None where there was none, or it cannot be told."""
     if decided.decision is None:
@@ -165,15 +186,55 @@ def compared(decided: Decided) -> bytes | None:
 
 
 def decided(payload: bytes) -> Decided:
-    """Raises ValueError or TypeError for what `compared` has not made."""
-    kind, inquiry, decision, exchange_id, at, seconds = json.loads(payload)
+    """Raises ValueError, TypeError, KeyError or AttributeError for what `compared` has not made."""
+    kind, inquiry, decision, exchange_id, at, seconds = _json(payload)
     made: type[Allow | Deny] = {"allow": Allow, "deny": Deny}[kind]
     if "request_headers_removed" in decision:
         decision["request_headers_removed"] = frozenset(decision["request_headers_removed"])
     return Decided(
-        at=float(at), exchange_id=str(exchange_id), inquiry=Inquiry(**inquiry), decision=made(**decision), error=None,
-        seconds=float(seconds),
+        at=float(at), exchange_id=str(exchange_id), inquiry=_asked(**inquiry), decision=_answered(made(**decision)),
+        error=None, seconds=float(seconds),
     )  # fmt: skip
+
+
+def _asked(**inquiry: Any) -> Inquiry:
+    """It goes on to an OPA, and is shown: each field is what it is in every other inquiry."""
+    for name in ("method", "path", "mtls_mode", "host", "protocol"):
+        _is(str, inquiry[name])
+    for name in ("caller", "caller_reason"):
+        _is(str | None, inquiry[name])
+    for name in ("target", "claims", "credential"):
+        _is(dict | None, inquiry[name])
+    if inquiry["direction"] not in get_args(Direction):
+        raise ValueError("no direction")
+    _is(bool, inquiry["tls"])
+    _is(int | None, inquiry["port"])
+    for values in ([inquiry["segments"]], inquiry["query"].values(), inquiry["headers"].values()):
+        for of in values:
+            _is(list, of)
+            for one in of:
+                _is(str, one)
+    return Inquiry(**inquiry)
+
+
+def _answered(decision: Allow | Deny) -> Allow | Deny:
+    for shown in (decision.decision_id, decision.revision):
+        _is(str, shown)
+    _is(str | None, decision.rule)
+    return decision
+
+
+def _is(kind: Any, value: object) -> None:
+    if not isinstance(value, kind):
+        raise ValueError(f"a {type(value).__name__} where another value belongs")  # noqa: TRY004  (what was said is a value)
+
+
+def _json(payload: bytes) -> Any:
+    """Raises ValueError."""
+    try:
+        return json.loads(payload)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
 
 
 def _values(of: Inquiry | Allow | Deny) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Literal
 
 import trio
 
-from sidecar.attempt import Attempt, Bucket, Ids, Seen, is_grpc, not_connect, offered, sendable
+from sidecar.attempt import Attempt, Bucket, Ids, Plan, Seen, is_grpc, keep_plan, not_connect, offered, sendable
 from sidecar.config import Route, RouteTable
 from sidecar.errors import ClientFault, NoRoute, NotSent, PlaintextOnly
 from sidecar.identity.proven import Proven
@@ -115,18 +115,26 @@ class Outbound:
         self._remember_failed = remember_failed
 
     def attempt(self, connection: Connection, request: Request, ids: Ids) -> Attempt:
+        kept, seen, routes, own_id = request.kept, self._seen(), self._routes(), self._own_id()
+        plan: Plan | None = kept.get("plan") if kept is not None else None
+        if plan is not None:
+            terms = plan.terms
+            if terms[0] is seen and terms[1] is routes and terms[2] == own_id:
+                return plan.again(ids)
         not_connect(request.head)
         headers.via_loops(request.head.fields, self._pseudonym)
-        leg = self._routes().leg(request.head.host, request.head.target.path)
-        first = self._attempt(leg, leg.upstream, leg.target, request, ids)
-        if leg.plaintext is None:
-            return first
-        return replace(first, step_down=lambda fault: self._stepped_down(leg, request, ids, fault))
+        leg = routes.leg(request.head.host, request.head.target.path)
+        first = self._attempt(leg, leg.upstream, leg.target, request, ids, seen, own_id)
+        if leg.plaintext is not None:
+            first = replace(first, step_down=lambda fault: self._stepped_down(leg, request, ids, fault))
+        keep_plan(request, first, seen, routes, own_id)
+        return first
 
     def _attempt(
-        self, leg: _Leg, upstream: Upstream, target: Mapping[str, object], request: Request, ids: Ids
-    ) -> Attempt:
-        original, route, own_id = offered(request.head), leg.route, self._own_id()
+        self, leg: _Leg, upstream: Upstream, target: Mapping[str, object], request: Request, ids: Ids, seen: Seen,
+        own_id: str | None,
+    ) -> Attempt:  # fmt: skip
+        original, route = offered(request.head), leg.route
         if original.upgrade is not None:
             if upstream.protocol == "auto":
                 upstream = replace(upstream, protocol="h1")
@@ -144,7 +152,6 @@ class Outbound:
             request_id=ids.request, traceparent=ids.traceparent, via=self.via,
             te_trailers=original.protocol == "HTTP/2" and upstream.protocol != "h1",
         )  # fmt: skip
-        seen = self._seen()
         inquiry = _inquiry(
             direction="outbound", caller=own_id, caller_reason="local_process", method=head.method,
             path=head.target.path, segments=head.target.segments, query=seen.query_of(head),
@@ -171,4 +178,4 @@ class Outbound:
         """The plaintext attempt, or the fault where the target has proven itself before: then a closed port is no excuse."""
         if str(leg.route.target) in self._proven or leg.plaintext is None:
             raise NotSent(f"proven before: {fault.detail}", code="plaintext_refused_after_proof") from fault
-        return self._attempt(leg, leg.plaintext, leg.plaintext_target, request, ids)
+        return self._attempt(leg, leg.plaintext, leg.plaintext_target, request, ids, self._seen(), self._own_id())

@@ -86,6 +86,8 @@ class Crew:
         self._accepting = False
         self._leaving = False
         self._found: Mapping[str, Listener] = {}
+        self._let_go: set[str] = set()
+        """Of these, what each worker empties for itself."""
         self._numbers = itertools.count(1)
         self._departed: list[Family] = []
         self._departed_cache = CacheUse()
@@ -157,15 +159,19 @@ class Crew:
         open somewhere, and that nobody accepts from, would wait in vain.
         """
         if not self._leaving:
+            # Who does not answer is found stuck and ended while others still hold his queue, and take it.
+            number = next(self._numbers)
+            await self._ordered(orders.Tell(number=number), number)
             self._leaving = True
             for one in self._workers:
                 if one.life.state != "ready":
                     self._happened(one, "dismissed")
+        let_go = {key for key in self._found if side == "both" or key.startswith(side)}
+        self._let_go |= let_go
         number = next(self._numbers)
         await self._ordered(orders.LetGo(number=number, side=side), number)
-        for key, listener in self._found.items():
-            if side == "both" or key.startswith(side):
-                listener.close()
+        for key in let_go:
+            self._found[key].close()
         number = next(self._numbers)
         await self._ordered(orders.Finish(number=number, side=side), number, patient=True)
 
@@ -276,7 +282,7 @@ class Crew:
                     self._happened(one, "ready")
             except EOFError:
                 return
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
+            except Exception as error:  # noqa: BLE001  it listens to strangers: whatever it says is its own end, and never ours
                 self._event("worker.misunderstood", "error", worker=one.number, pid=one.pid, detail=str(error))
                 one.kill()
                 return
@@ -311,13 +317,14 @@ class Crew:
         return [one for one in self._workers if one.life.state == "ready"]
 
     def _deal_out(self) -> None:
-        """Tell each from which queues it accepts now."""
-        if not self._accepting or self._leaving:
+        """Tell each from which queues it accepts now. While one side is drained, the other one still has its callers."""
+        if not self._accepting:
             return
         ready = self._ready
         of = {
             key: assigned(len(listener.queues), len(self._workers), [one.number for one in ready])
             for key, listener in self._found.items()
+            if key not in self._let_go
         }
         for one in ready:
             one.send(orders.Serve(queues={key: mine[one.number] for key, mine in of.items()}))

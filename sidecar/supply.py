@@ -26,15 +26,15 @@ from sidecar.bundles.memory import Memory
 from sidecar.bundles.relay import Relay
 from sidecar.bundles.sources import Answer, Files, Server, Source
 from sidecar.candidate import Candidate
-from sidecar.config import Config, Policy, Remote
+from sidecar.config import Config, OpaChild, Policy, Remote
 from sidecar.decision import install, private
-from sidecar.decision.engine import Borrowers, Engine
+from sidecar.decision.engine import DEFAULT_TIMING, Borrowers, Engine
 from sidecar.decision.envoy import words
 from sidecar.decision.inquiry import OURS
 from sidecar.decision.remembered import Remembered
 from sidecar.decision.shadow import Shadow
 from sidecar.errors import OperatorFault
-from sidecar.model import CacheUse, Decided, Decision, Inquiry, Lending
+from sidecar.model import CacheUse, Decided, Decision, Inquiry, Lending, SharingUse
 from sidecar.reporting import Reporting
 from sidecar.wire.client import Client
 from sidecar.wire.network import Network
@@ -209,6 +209,10 @@ class Supply:
         return self._remembered.use
 
     @property
+    def sharing_use(self) -> SharingUse:
+        return self._engine.sharing_use
+
+    @property
     def bundle_revision(self) -> str | None:
         return self._engine.bundle_revision
 
@@ -231,9 +235,12 @@ class Supply:
         self._engine.decision_timeout = seconds
 
     def _made_engine(self, log: Callable[..., None]) -> Engine:
+        opa = self._config.opa
+        assert isinstance(opa, OpaChild)  # noqa: S101  (as above)
         return Engine(
             self._network, binary=self._binary, log=log, words=words(self._policy.decision if self._policy.input == "envoy" else None),
             runtime_dir=private.place(self._config.state_dir, os.environ.get("XDG_RUNTIME_DIR")),
             decision_timeout=self._config.timeouts.decision, workers=self._config.workers,
-            max_together=self._policy.max_together,
+            max_together=self._policy.max_together, max_memory_bytes=opa.max_memory_bytes,
+            timing=replace(DEFAULT_TIMING, start_timeout=opa.start_timeout),
         )  # fmt: skip

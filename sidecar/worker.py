@@ -17,7 +17,7 @@ from dataclasses import asdict
 
 import trio
 
-from sidecar import orders, parts
+from sidecar import __version__, orders, parts
 from sidecar.bundles.freshness import FreshOnly
 from sidecar.decision.envoy import words
 from sidecar.decision.inquiry import OURS
@@ -52,7 +52,7 @@ _LAST_WORDS = 1.0
 
 
 def main() -> None:
-    """Run as a worker: `… descriptor-of-the-channel process-id-of-the-supervisor`."""
+    """Run as a worker: `… descriptor-of-the-channel process-id-of-the-supervisor version-of-the-supervisor`."""
     descriptor, parent = map(int, sys.argv[1:3])
     die_with(parent)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -60,14 +60,19 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     sock = socket.socket(fileno=descriptor)
     sock.set_inheritable(False)
-    sys.exit(trio.run(_live, Channel(sock)))
+    sys.exit(trio.run(_live, Channel(sock), sys.argv[3]))
 
 
-async def _live(channel: Channel) -> int:
-    begin = await _next(channel)
-    if not isinstance(begin, Begin):
-        return 1
+async def _live(channel: Channel, version: str) -> int:
     try:
+        if version != __version__:
+            raise OperatorFault(
+                f"{__version__} is installed by now, and {version} runs: start the new one beside it",
+                code="worker_version",
+            )
+        begin = await _next(channel)
+        if not isinstance(begin, Begin):
+            return 1
         await Worker(begin, channel).run()
     except OperatorFault as fault:
         channel.send(orders.WORD, orders.word({"failed": fault.code, "detail": str(fault)}))
@@ -103,22 +108,28 @@ class Worker:
         self._metrics = Metrics(
             live=self._live_table, directions=("inbound", "outbound"), connections=self._serving.open_connections,
             dropped=lambda: self._log.failed + errors.dropped + self._access.dropped,
+            sharing=lambda: self._lent.sharing_use if config.policy is not None else None,
         )  # fmt: skip
         self._records = Records(self._metrics, self._access.write if config.log.access != "none" else None)
         self._sample = begin.sample
         self._counts = [0, 0, 0]
         """Allowed, denied, undecided since it was last told."""
         self._counted_revision: str | None = None
+        self._kept: DecisionLog | None = None
+        self._not_compared = 0
+        """Decisions of the sample, since it was last told."""
+        self._not_kept = (0, 0)
+        """Decisions that failed to be kept, and events that were dropped, as last told."""
         if config.policy is not None and config.policy.report:
             self._records.tell(self._count)
         if config.policy is not None and config.policy.shadow is not None:
             self._records.tell(self._compare)
         spoken = words(config.policy.decision if config.policy and config.policy.input == "envoy" else None)
         if config.decision_log is not None:
-            kept = DecisionLog(
-                [self._decisions_kept], path=spoken.path, labels=begin.labels, mask=config.decision_log.mask
-            )
-            self._records.tell(kept.decided)
+            from sidecar.keeping import log_of  # noqa: PLC0415  most sidecars keep none
+
+            self._kept = log_of(config, [self._decisions_kept], begin.labels)
+            self._records.tell(self._kept.decided)
         self._current = Current()
         self._presented = Presented(self._current, log=self._event)
         network = TcpNetwork()
@@ -137,6 +148,9 @@ class Worker:
             event=self._event, pseudonym=begin.pseudonym, max_descriptor=listening.max_descriptor(),
         )  # fmt: skip
         self._queues: dict[str, Queues] = {}
+        self._retired = trio.Event()
+        """Set when whoever was asked before the last order to `Lend` is asked nothing any more."""
+        self._retired.set()
 
     async def run(self) -> None:
         """Be told what to do, until `Stop` or the supervisor's end."""
@@ -191,7 +205,9 @@ class Worker:
             case orders.Offered():
                 self._lent.offered = order.on_its_way
             case orders.Lend():
-                nursery.start_soon(self._retire, self._lent.lend(order.lending), order.number)
+                earlier, self._retired = self._retired, trio.Event()
+                before = self._lent.lend(order.lending)
+                nursery.start_soon(self._retire, before, earlier, self._retired, order.number)
             case orders.Prepare():
                 await self._prepare(order)
             case orders.Apply():
@@ -215,10 +231,15 @@ class Worker:
                 queues.let_go()
         self._obeyed(order.number)
 
-    async def _retire(self, before: Opa | Sharing | None, number: int) -> None:
+    async def _retire(
+        self, before: Opa | Sharing | None, earlier: trio.Event, retired: trio.Event, number: int
+    ) -> None:
+        """Nothing is under way any more at any that was asked before: one that stays may have been lent twice."""
         if before is not None:
             await before.aclose()
+        await earlier.wait()
         self._obeyed(number)
+        retired.set()
 
     async def _prepare(self, order: orders.Prepare) -> None:
         try:
@@ -257,6 +278,9 @@ class Worker:
 
     def _tell(self, number: int | None) -> None:
         counts, self._counts = self._counts, [0, 0, 0]
+        not_compared, self._not_compared = self._not_compared, 0
+        failed, dropped = self._not_kept
+        self._not_kept = (self._kept.failed if self._kept is not None else 0, self._decisions_kept.dropped)
         self._say(
             {
                 "told": number,
@@ -264,6 +288,8 @@ class Worker:
                 "measured": as_json(self._metrics.measured()),
                 "cache": asdict(self._remembered.use),
                 "decided": [self._counted_revision, *counts],
+                "not_compared": not_compared,
+                "kept": [self._not_kept[0] - failed, self._not_kept[1] - dropped],
             }
         )
 
@@ -291,10 +317,10 @@ class Worker:
         self._counts[2 if record.decision is None else 0 if isinstance(record.decision, Allow) else 1] += 1
 
     def _compare(self, record: Decided) -> None:
-        if self._sample and random.random() < self._sample:  # noqa: S311
+        if self._sample and record.decision is not None and random.random() < self._sample:  # noqa: S311
             told = orders.compared(record)
-            if told is not None:
-                self._channel.offer(orders.COMPARED, told)
+            if told is None or not self._channel.offer(orders.COMPARED, told):
+                self._not_compared += 1
 
 
 _LEVELS: dict[str, Level] = {"upstream.ejected": "warning"}

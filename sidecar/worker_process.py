@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import trio
 
-from sidecar import orders
+from sidecar import __version__, orders
 from sidecar.errors import OperatorFault
 from sidecar.model import CacheUse
 from sidecar.records.exposition import Family
@@ -86,7 +86,7 @@ class Process:
         program = f"'sidecar worker {one.number}'; import sys; sys.path[:] = {sys.path!r}; from sidecar.worker import main; main()"
         try:
             self._popen = subprocess.Popen(
-                [sys.executable, "-P", "-c", program, str(theirs.fileno()), str(os.getpid())],
+                [sys.executable, "-P", "-c", program, str(theirs.fileno()), str(os.getpid()), __version__],
                 stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno(), *descriptors], start_new_session=True,
             )  # fmt: skip
             one.pidfd = os.pidfd_open(self._popen.pid)

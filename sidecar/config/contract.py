@@ -217,9 +217,18 @@ class Reader:
         return route
 
     def _opa(self, item: Item) -> OpaChild | OpaExternal:
-        section = item.section()
-        if not section.keys:
-            return OpaChild()
+        section, ours = item.section(), OpaChild()
+        external = section.has("address") or section.has("peer_uid")
+        if not external:
+            ours = OpaChild(
+                start_timeout=section.take("start_timeout", Item.seconds, ours.start_timeout),
+                max_memory_bytes=section.take(
+                    "max_memory_bytes", lambda i: i.whole(64 << 20, 1 << 40), ours.max_memory_bytes
+                ),
+            )
+        if not external and section.keys <= {"start_timeout", "max_memory_bytes"}:
+            section.close()
+            return ours
         self.draft.opa_external = True
         opa = OpaExternal(
             socket=section.need("address", decoders.unix_socket),

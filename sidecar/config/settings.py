@@ -103,6 +103,11 @@ class Outbound:
 class OpaChild:
     """OPA is started and watched by us."""
 
+    start_timeout: float = 30.0
+    """Seconds from its start until it has compiled its policy and answers."""
+    max_memory_bytes: int = 512 << 20
+    """From which on OPA collects harder. It refuses nothing: a policy that needs more is slow instead."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpaExternal:

@@ -42,6 +42,8 @@ _ABSENT: Hashable = (NoneType,)
 """Where nothing stands at the end of the way; where the way itself ends before, a tuple of two: see `_at`."""
 _ENTRY_BYTES = 300
 """Of an entry, beside its texts: its place in the order, the objects, and the least that a key has."""
+_HEADERS_BYTES = 100
+"""Of a set of headers, beside those: a mapping takes more than the pairs do by which it is reckoned."""
 
 
 # ── keys ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -205,8 +207,8 @@ def repeated(decision: Decision, decision_id: str, age: float = 0.0) -> Decision
         )  # fmt: skip
     return _allow(
         decision_id=decision_id, revision=decision.revision, reason=decision.reason, rule=decision.rule,
-        request_headers=decision.request_headers, response_headers=decision.response_headers,
-        credential=decision.credential, cache_ttl=ttl,
+        request_headers=decision.request_headers, request_headers_removed=decision.request_headers_removed,
+        response_headers=decision.response_headers, credential=decision.credential, cache_ttl=ttl,
         lease=None if decision.lease is None else decision.lease - age, repeats=decision.decision_id,
     )  # fmt: skip
 
@@ -214,10 +216,12 @@ def repeated(decision: Decision, decision_id: str, age: float = 0.0) -> Decision
 def _answer_size(decision: Decision) -> int:
     size = _size((decision.decision_id, decision.revision, decision.reason, decision.rule))
     if decision.response_headers:
-        size += _size(tuple(decision.response_headers.items()))
+        size += _HEADERS_BYTES + _size(tuple(decision.response_headers.items()))
     if isinstance(decision, Allow):
         if decision.request_headers:
-            size += _size(tuple(decision.request_headers.items()))
+            size += _HEADERS_BYTES + _size(tuple(decision.request_headers.items()))
+        if decision.request_headers_removed:
+            size += getsizeof(decision.request_headers_removed) + _size(tuple(decision.request_headers_removed))
         if decision.credential is not None:
             size += getsizeof(decision.credential)
     return size

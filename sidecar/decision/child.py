@@ -38,6 +38,7 @@ except OSError as error:
 _MAX_SOCKET_PATH_BYTES = 107
 _MAX_TAIL_BYTES = 4096
 _STOP_TIMEOUT = 2.0
+MAX_MEMORY_BYTES = 512 << 20
 
 
 class Child:
@@ -54,7 +55,7 @@ class Child:
         configuration: Mapping[str, object],
         *,
         workers: int = 1,
-        max_memory_bytes: int = 512 << 20,
+        max_memory_bytes: int = MAX_MEMORY_BYTES,
         flags: Iterable[str] = (),
     ) -> None:
         self.socket = socket_in(directory)

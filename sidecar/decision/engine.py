@@ -27,12 +27,13 @@ import trio
 
 from sidecar.decision import policy as told
 from sidecar.decision import private
-from sidecar.decision.child import Child
+from sidecar.decision.child import MAX_MEMORY_BYTES, Child
 from sidecar.decision.inquiry import OURS, Contract
 from sidecar.decision.opa import OnlyFrom, Opa
 from sidecar.decision.sharing import MAX_TOGETHER, Sharing
+from sidecar.decision.waiting import Tally
 from sidecar.errors import NoDecision, OperatorFault
-from sidecar.model import Decision, Inquiry, Lending, PolicyBundle
+from sidecar.model import Decision, Inquiry, Lending, PolicyBundle, SharingUse
 from sidecar.wire.network import Network
 
 State = Literal["starting", "ok", "restarting", "stopped"]
@@ -93,7 +94,7 @@ class Engine:
 
     `runtime_dir` is where the private directory is made (see `private.place`), `binary` an OPA. `workers` bounds the
     processors that OPA uses, `words` is the contract with policy, `max_together` how many questions may be put into one query
-    (1: never more than one). Until a bundle is activated every question is answered by `NoDecision` (`policy_not_ready`).
+    (1: never more than one), `max_memory_bytes` from where on OPA collects harder. Until a bundle is activated every question is answered by `NoDecision` (`policy_not_ready`).
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class Engine:
         timing: Timing = DEFAULT_TIMING,
         words: Contract = OURS,
         max_together: int = MAX_TOGETHER,
+        max_memory_bytes: int = MAX_MEMORY_BYTES,
     ) -> None:
         self.state: State = "starting"
         self.restarts = 0
@@ -123,6 +125,8 @@ class Engine:
         self._timing = timing
         self._words = words
         self._max_together = max_together
+        self._max_memory_bytes = max_memory_bytes
+        self._tally = Tally()
         self._backoff = timing.first_backoff
         self._numbers = itertools.count(1)
         self._running: _Running | None = None
@@ -164,6 +168,11 @@ class Engine:
     def sharing(self) -> Sharing | None:
         """Who puts questions together now; None where nobody does."""
         return self._asked if isinstance(self._asked, Sharing) else None
+
+    @property
+    def sharing_use(self) -> SharingUse:
+        """Of all the OPAs that there were."""
+        return self._tally.use
 
     async def decide(self, inquiry: Inquiry) -> Decision:
         asked = self._asked
@@ -233,7 +242,10 @@ class Engine:
         try:
             directory.mkdir(mode=0o700)
             await trio.to_thread.run_sync(archive.write_bytes, bundle.archive)
-            child = Child(self._binary, directory, told.configuration(bundle, archive), workers=self._workers)
+            child = Child(
+                self._binary, directory, told.configuration(bundle, archive), workers=self._workers,
+                max_memory_bytes=self._max_memory_bytes,
+            )  # fmt: skip
             opa = Opa(
                 self._network, child.socket, bundle=told.NAME, decision_timeout=self.decision_timeout,
                 max_connections=self._max_connections, words=self._words,
@@ -267,7 +279,7 @@ class Engine:
         """What is asked in other words than ours has no rule for several questions."""
         if self._words is not OURS or self._max_together < 2 or not bundle.batch:
             return opa
-        return Sharing(opa, self._nursery, bundle.batch, max_together=self._max_together)
+        return Sharing(opa, self._nursery, bundle.batch, max_together=self._max_together, tally=self._tally)
 
     async def _accepted(self, child: Child, asked: Opa | Sharing) -> str:
         """Wait until OPA has verified and compiled its bundle; return the revision, or raise with OPA's reason."""

@@ -27,6 +27,8 @@ class External:
     bundle_error: str | None = None
     cache_use: None = None
     """Nothing is repeated: which bundles it runs, and whether they are proven pure, is not ours to know."""
+    sharing_use: None = None
+    """Nothing is shared: whether they carry the rule for it is not ours to know either."""
     bundle_state = "ok"
     """Not ours to know."""
 

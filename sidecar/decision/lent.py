@@ -15,8 +15,9 @@ from sidecar.decision import policy
 from sidecar.decision.inquiry import OURS, Contract
 from sidecar.decision.opa import OnlyFrom, Opa
 from sidecar.decision.sharing import MAX_TOGETHER, Sharing
+from sidecar.decision.waiting import Tally
 from sidecar.errors import NoDecision
-from sidecar.model import Decision, Inquiry, Lending, PolicyBundle
+from sidecar.model import Decision, Inquiry, Lending, PolicyBundle, SharingUse
 from sidecar.wire.network import Network
 
 
@@ -42,6 +43,7 @@ class Lent:
         self._max_connections = max_connections
         self._words = words
         self._max_together = max_together
+        self._tally = Tally()
         self._lending: Lending | None = None
         self._asked: Opa | Sharing | None = None
         self._nursery: trio.Nursery
@@ -66,6 +68,11 @@ class Lent:
     def revision(self) -> str | None:
         bundle = self._lending.bundle if self._lending is not None else None
         return bundle.revision if bundle is not None else None
+
+    @property
+    def sharing_use(self) -> SharingUse:
+        """As of `engine.Engine`."""
+        return self._tally.use
 
     def stale(self) -> bool:
         until = self._lending.stale_at if self._lending is not None else None
@@ -99,4 +106,4 @@ class Lent:
     def _shared(self, opa: Opa, bundle: PolicyBundle | None) -> Opa | Sharing:
         if bundle is None or self._words is not OURS or self._max_together < 2 or not bundle.batch:
             return opa
-        return Sharing(opa, self._nursery, bundle.batch, max_together=self._max_together)
+        return Sharing(opa, self._nursery, bundle.batch, max_together=self._max_together, tally=self._tally)

@@ -21,6 +21,8 @@ MIN_PATIENCE = 0.1
 MAX_PATIENCE = 0.3
 """Of the time that there is for a decision: a question may wait so long twice, for its query to be sent and for the answer, and
 enough must be left for being asked alone."""
+OVERDUE = 4.0
+"""Times what a shared query usually takes: then leaving it looks like running away from it."""
 FIRST_GUESS = 0.005
 """Seconds that a shared query takes."""
 FIRST_PAUSE = 1.0
@@ -40,12 +42,11 @@ Key = tuple[Direction, str | None]
 class Restraint:
     """What is remembered of how sharing went."""
 
-    __slots__ = ("_best", "_kept_out", "_looked_at", "_pause", "_usual", "any", "pauses", "resume_at")
+    __slots__ = ("_best", "_kept_out", "_looked_at", "_pause", "_usual", "any", "resume_at")
 
     def __init__(self) -> None:
         self.any = False
         """Whether there is anything for `forbids` to say: nearly always there is not."""
-        self.pauses = 0
         self.resume_at = -math.inf
         """Until when nothing is shared."""
         self._pause = 0.0
@@ -64,6 +65,10 @@ class Restraint:
     def patience(self, timeout: float) -> float:
         """How long it waits while nothing is answered."""
         return min(max(PATIENCE * self._usual, MIN_PATIENCE), MAX_PATIENCE * timeout)
+
+    def overdue(self, seconds: float) -> bool:
+        """Whether a shared query that has taken so long takes longer than it should."""
+        return seconds >= OVERDUE * self._usual
 
     def took(self, seconds: float) -> None:
         """A shared query took so long, or was given up then."""
@@ -89,7 +94,6 @@ class Restraint:
         self._pause = min(2 * self._pause, MAX_PAUSE) if soon else FIRST_PAUSE
         self.resume_at = now + self._pause
         self.any = True
-        self.pauses += 1
         return True
 
     # ── who is kept out ───────────────────────────────────────────────────────────────────────────────────────────
@@ -106,16 +110,12 @@ class Restraint:
         """Whether this question is to be asked alone now."""
         if now < self.resume_at:
             return True
-        if not self._kept_out:
-            self.any = False
-            return False
-        key = _key(inquiry)
-        until = self._kept_out.get(key)
-        if until is None:
-            return False
-        if now < until:
-            return True
-        del self._kept_out[key]
+        while self._kept_out:
+            first = next(iter(self._kept_out))
+            if now < self._kept_out[first]:
+                return _key(inquiry) in self._kept_out
+            del self._kept_out[first]
+        self.any = False
         return False
 
 

@@ -91,6 +91,11 @@ class Shadow:
         except trio.WouldBlock:
             self.differences = replace(self.differences, dropped=self.differences.dropped + 1)
 
+    def lost(self, number: int) -> None:
+        """So many of the sample were decided elsewhere, and could not be told of."""
+        if number and self.differences is not None:
+            self.differences = replace(self.differences, dropped=self.differences.dropped + number)
+
     async def run(self) -> None:
         """Ends by cancellation."""
         async with trio.open_nursery() as nursery:

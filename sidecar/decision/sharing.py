@@ -2,8 +2,9 @@
 
 As long as few questions are with OPA, each is asked at once and by itself, as if this file were not there. When there are
 `ENOUGH` already, what comes waits until one of them has its answer, and goes together with what waits by then, up to
-`max_together`; what comes meanwhile goes together in the next query, until few wait again. Nobody ever waits for more to come. A
-query costs OPA as much as the evaluation of a decision or two, before anything is evaluated; that is what is saved.
+`max_together`; what comes meanwhile goes together in the next query, until few wait again. Where many have waited lately, what
+comes in one turn of the event loop goes together at its end. Nobody ever waits for more to come. A query costs OPA as much as
+the evaluation of a decision or two, before anything is evaluated; that is what is saved.
 
     arrives ──few are with OPA──────────────────────────────────────────▶ asked alone ──▶ answered
        └──enough are──▶ waits ──a query has ended, few wait──────────────▶ asked alone
@@ -14,9 +15,10 @@ query costs OPA as much as the evaluation of a decision or two, before anything 
 Nobody may be harmed by whom it shares with. Whoever waits does so in its own task, with its own cancellation, and no longer
 than its patience (`restraint`); then it is asked alone, within what is left of its time. A query that fails as a whole (one of
 its questions meets rules in conflict, or a builtin that fails, or is answered at too great a length) says nothing about any:
-each is asked alone. Who fails alone, or is still waiting for long after others have their answers, is kept out for a while. And
-whatever goes wrong here ends the sharing for all, for a second, and for longer if it happens again soon: all are asked alone
-then, which is what happens without this file.
+each is asked alone. Who fails alone, or is still waiting for long after others have their answers, is kept out for a while; so
+is who leaves before it can be known, or nobody who is cancelled in time could ever be blamed. And whatever goes wrong here
+ends the sharing for all, for a second, and for longer if it happens again soon: all are asked alone then, which is what
+happens without this file. A query that nobody waits for any more is given up at once: it would hold up who comes next.
 
 An answer is what the question would have got alone: the bundle says, signed, of which entrypoints that holds (`batch`), and
 `warm_up` compares before the first is shared.
@@ -26,7 +28,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from enum import Enum
 from typing import Final
 
 import trio
@@ -34,6 +35,7 @@ import trio
 from sidecar.decision import inquiry as contract
 from sidecar.decision.opa import WARM_UP_TIMEOUT, Opa
 from sidecar.decision.restraint import Restraint
+from sidecar.decision.waiting import Alone, Query, Tally, Waiting
 from sidecar.errors import NoDecision
 from sidecar.model import Allow, Decision, Deny, Direction, Inquiry
 
@@ -42,7 +44,8 @@ MAX_TOGETHER = 16
 ENOUGH = 4
 """Questions with OPA one by one, from which on others wait. To wait and then to be asked alone would cost, and save nothing."""
 CROWDED = 2
-"""The same where many have waited lately. Not 1: a slow question would hold up all."""
+"""The same where many have waited lately; and what comes while fewer are with OPA goes at the end of the event loop's turn,
+with all else that has come in it. Not 1: a slow question would hold up all."""
 CALM = 16
 """Times in a row that only few wait, after which it is not crowded any more."""
 FEW = 2
@@ -54,52 +57,18 @@ _LOOK_INTERVAL = 0.01
 """Seconds between two looks for who has lost patience."""
 
 
-class _Alone(Enum):
-    """Why a question that has waited is to be asked alone."""
-
-    IN_ITS_TURN = "few wait"
-    PAUSED = "nothing is shared at present: a query failed, or took too long"
-    IMPATIENT = "it has waited for long enough"
-
-
-_IN_ITS_TURN: Final = _Alone.IN_ITS_TURN
-_PAUSED: Final = _Alone.PAUSED
-_IMPATIENT: Final = _Alone.IMPATIENT
-
-
-class _Waiting:
-    """A question whose task is parked until `wake`."""
-
-    __slots__ = ("body", "direction", "era", "said", "since", "task", "timeout")
-
-    def __init__(self, direction: Direction, body: bytes, since: float, timeout: float) -> None:
-        self.direction = direction
-        self.body = body
-        self.since = since
-        self.timeout = timeout
-        self.said: Decision | NoDecision | _Alone | None = None
-        self.era = 0
-        """In which it was told to go by itself."""
-        self.task: trio.lowlevel.Task | None = trio.lowlevel.current_task()
-        """None once it does not wait any more."""
-
-    def wake(self, said: Decision | NoDecision | _Alone) -> None:
-        task, self.task = self.task, None
-        if task is not None:
-            self.said = said
-            trio.lowlevel.reschedule(task)
-
-    def leave(self, _: object) -> trio.lowlevel.Abort:
-        """It is cancelled."""
-        self.task = None
-        return trio.lowlevel.Abort.SUCCEEDED
+_IN_ITS_TURN: Final = Alone.IN_ITS_TURN
+_PAUSED: Final = Alone.PAUSED
+_SUSPECT: Final = Alone.SUSPECT
+_IMPATIENT: Final = Alone.IMPATIENT
 
 
 class Sharing:
     """`decide` as that of `opa`, for the same questions with the same answers, at less cost where many wait.
 
     `batch` are the entrypoints of which the bundle says that they may be shared; nothing is before `warm_up`. `nursery` is where
-    shared queries run, so that they are nobody's; it has to outlive the last question, or `close` has to be called.
+    shared queries run, so that they are nobody's; it has to outlive the last question, or `close` has to be called. `tally` is
+    where it counts.
     """
 
     def __init__(
@@ -111,15 +80,17 @@ class Sharing:
         max_together: int = MAX_TOGETHER,
         enough: int = ENOUGH,
         few: int = FEW,
+        tally: Tally | None = None,
     ) -> None:
         self.opa = opa
-        self.queries = self.together = self.spoilt = 0
-        """Shared queries, the questions in them, and the queries that failed."""
+        self.tally = tally if tally is not None else Tally()
         self._nursery = nursery
         offered = frozenset(batch)
         self._offered = [one for one in contract.DIRECTIONS if contract.OURS.path(one) in offered]
         self._max_together = max_together
-        self._enough = self._enough_now = enough
+        self._enough = enough
+        self._crowded = False
+        """Whether many have waited lately."""
         self._calm = 0
         self._few = min(few, max_together - 1)
         self._restraint = Restraint()
@@ -129,12 +100,16 @@ class Sharing:
         """Whether a shared query is with OPA."""
         self._era = 0
         """What is with OPA since an earlier one does not count: it kept others waiting for too long."""
-        self._queues: dict[Direction, deque[_Waiting]] = {}
+        self._queues: dict[Direction, deque[Waiting]] = {}
         """For each direction that is shared; the one served last comes last."""
         self._queued = 0
         """In all queues, also those who have left meanwhile."""
-        self._carried: list[_Waiting] = []
+        self._carried: list[Waiting] = []
         """What went together last; those who are answered do not wait any more."""
+        self._query: Query | None = None
+        """What they went in, while it is with OPA."""
+        self._gathers = False
+        """Whether somebody is about to ask for all who come in this turn of the event loop."""
         self._parked: trio.lowlevel.Task | None = None
         """Who asks for several, while there is nothing to ask."""
         self._watching = False
@@ -149,10 +124,6 @@ class Sharing:
 
     def __repr__(self) -> str:
         return f"<Sharing of {sorted(self._queues)}: {len(self._carried)} asked together, {self._queued} wait>"
-
-    @property
-    def pauses(self) -> int:
-        return self._restraint.pauses
 
     async def warm_up(self) -> None:
         """Have all compiled, and see that the rule says what is said to the same question alone; else share nothing.
@@ -179,8 +150,8 @@ class Sharing:
         if inquiry.direction not in self._queues:
             return await self.opa.decide(inquiry, decision_timeout)
         if self._restraint.any and self._restraint.forbids(inquiry, trio.current_time()):
-            return await self.opa.decide(inquiry, decision_timeout)
-        if self._sharing or self._alone >= self._enough_now:
+            return await self._apart(inquiry, decision_timeout, None)
+        if self._sharing or self._crowded or self._alone >= self._enough:
             return await self._decide_later(inquiry, decision_timeout)
         self._alone += 1
         return await self._by_itself(inquiry, decision_timeout, None, self._era)
@@ -203,30 +174,45 @@ class Sharing:
 
     async def _by_itself(self, inquiry: Inquiry, timeout: float, body: bytes | None, era: int) -> Decision:
         """Ask it, counted in this era, and see to those who wait when it has ended."""
+        left = True
         try:
-            return await self.opa.decide(inquiry, timeout, body=body)
+            decision = await self.opa.decide(inquiry, timeout, body=body)
+            left = False
         except NoDecision as error:
+            left = False
             self._spoils(inquiry, error)
             raise
         finally:
             if era != self._era:
-                self._slow(inquiry, timeout)
+                self._slow(inquiry, timeout, left=left)
             else:
                 self._alone -= 1
                 if self._queued:
                     self._ended = trio.current_time()
                     if not self._sharing:
                         self._go_on()
+        return decision
 
-    async def _sent_away(self, inquiry: Inquiry, timeout: float, body: bytes) -> Decision:
-        """Ask one of those for whom sharing has gone wrong, and see whether it is their fault."""
+    async def _apart(self, inquiry: Inquiry, timeout: float, body: bytes | None) -> Decision:
+        """Ask it, whatever becomes of others."""
         try:
-            decision = await self.opa.decide(inquiry, timeout, body=body)
+            return await self.opa.decide(inquiry, timeout, body=body)
         except NoDecision as error:
             self._spoils(inquiry, error)
             raise
+
+    async def _sent_away(self, inquiry: Inquiry, timeout: float, body: bytes, *, suspect: bool) -> Decision:
+        """Ask one of those for whom sharing has gone wrong, and see whether it is their fault."""
+        left = suspect
+        try:
+            decision = await self.opa.decide(inquiry, timeout, body=body)
+            left = False
+        except NoDecision as error:
+            left = False
+            self._spoils(inquiry, error)
+            raise
         finally:
-            self._slow(inquiry, timeout)
+            self._slow(inquiry, timeout, left=left)
         if self._first_answer is None:
             self._first_answer = trio.current_time()
         return decision
@@ -240,9 +226,12 @@ class Sharing:
             return await self.opa.decide(inquiry, timeout, body=body)
         self._present += 1
         try:
-            waiting = _Waiting(inquiry.direction, body, began, timeout)
+            waiting = Waiting(inquiry, body, began, timeout)
             self._queues[inquiry.direction].append(waiting)
             self._queued += 1
+            if self._may_gather() and not self._gathers:
+                self._gathers = True
+                self._begin()
             if not self._watching:
                 self._watching = True
                 self._nursery.start_soon(self._watch)
@@ -255,7 +244,9 @@ class Sharing:
             now = trio.current_time()
             if said is _IN_ITS_TURN:
                 return await self._by_itself(inquiry, began + timeout - now, body, waiting.era)
-            return await self._sent_away(inquiry, began + timeout - now, body)
+            if said is _IMPATIENT:  # which is nobody's fault, and least of all its own
+                return await self._apart(inquiry, began + timeout - now, body)
+            return await self._sent_away(inquiry, began + timeout - now, body, suspect=said is _SUSPECT)
         finally:
             self._present -= 1
             if self._gone is not None and not self._present:
@@ -284,10 +275,17 @@ class Sharing:
     async def _carry(self) -> None:
         """Ask `_carried` together, then those who wait by then, as long as there are several; then wait for more."""
         try:
-            while self._carried:
-                era = self._era
-                await self._ask_together(self._carried)
-                if era == self._era and self._next():
+            while True:
+                if self._gathers:
+                    self._gathers = False
+                    if self._may_gather():
+                        self._next()
+                while self._carried:
+                    era = self._era
+                    await self._ask_together(self._carried)
+                    if era != self._era or not self._next():
+                        break
+                if self._gathers:
                     continue
                 if self._parked is not None or not self._queues:
                     return  # its query was given up: another task has come to ask the next, or there is none
@@ -301,36 +299,72 @@ class Sharing:
         self._parked = None
         return trio.lowlevel.Abort.SUCCEEDED
 
-    async def _ask_together(self, group: list[_Waiting]) -> None:
-        self.queries += 1
-        self.together += len(group)
-        began = trio.current_time()
-        limit = min(self._restraint.patience(one.timeout) for one in group)
-        try:
-            said = await self.opa.decide_together(group[0].direction, [one.body for one in group], limit)
-        except NoDecision as error:
-            self.spoilt += 1
-            if error.code == "decision_timeout":
-                self._restraint.took(limit)
-            self._stop_for_a_while(trio.current_time())
-            for one in group:
-                one.wake(_PAUSED)  # where it was stopped already, for something else
+    async def _ask_together(self, chosen: list[Waiting]) -> None:
+        group = [one for one in chosen if one.task is not None]  # some may have left since
+        if not group:
             return
-        for one, answer in zip(group, said, strict=True):
-            one.wake(answer)
-        self._ended = trio.current_time()
-        took = self._ended - began
-        self._restraint.took(took)
-        if not self._restraint.pays(took / len(group)):
-            self._stop_for_a_while(self._ended)
+        self.tally.queries += 1
+        self.tally.together += len(group)
+        era, began = self._era, trio.current_time()
+        limit = min(self._restraint.patience(one.timeout) for one in group)
+        query = self._query = Query(group)
+        said: list[Decision | NoDecision] | None = None
+        try:
+            with query.scope:
+                said = await self.opa.decide_together(group[0].inquiry.direction, [one.body for one in group], limit)
+        except Exception as error:  # noqa: BLE001  (a defect of ours too: who meets it alone has it for itself)
+            if isinstance(error, NoDecision) and error.code == "decision_timeout":
+                self._restraint.took(limit)
+            self._has_failed(group)
+            return
+        finally:
+            if self._query is query:
+                self._query = None
+        now = trio.current_time()
+        took = now - began
+        if said is not None:
+            for one, answer in zip(group, said, strict=True):
+                one.wake(answer)
+            self._restraint.took(took)
+            pays = self._restraint.pays(took / len(group))
+        elif era != self._era:
+            self._restraint.took(took)
+            self._has_failed(group)
+            return
+        else:
+            self.tally.abandoned += 1
+            pays = True
+            if self._restraint.overdue(took):
+                for one in group:
+                    self._keep_out(one.inquiry)
+        self._ended = now
+        if not pays:
+            self._stop_for_a_while(now)
+
+    def _has_failed(self, group: list[Waiting]) -> None:
+        """A query has, and what it says of those who were in it is nothing. Who has left will not be asked alone, and so not known."""
+        self.tally.failed += 1
+        self._stop_for_a_while(trio.current_time())
+        for one in group:
+            if one.left:
+                self._keep_out(one.inquiry)
+            one.wake(_SUSPECT)  # where it was stopped already, for something else
 
     def _go_on(self) -> None:
         """A question that was asked by itself has its answer, and others wait."""
-        if self._next():
-            if self._parked is None:
-                self._nursery.start_soon(self._carry)
-            else:
-                self._unparked()
+        if self._next() and not self._gathers:
+            self._begin()
+
+    def _may_gather(self) -> bool:
+        """Whether what has come need not wait for what is with OPA, but for the end of the turn only."""
+        return self._crowded and not self._sharing and self._alone < min(CROWDED, self._enough)
+
+    def _begin(self) -> None:
+        """Have somebody ask: who did so before, or another."""
+        if self._parked is None:
+            self._nursery.start_soon(self._carry)
+        else:
+            self._unparked()
 
     def _unparked(self) -> None:
         carrier, self._parked = self._parked, None
@@ -342,12 +376,12 @@ class Sharing:
         group = self._group()
         self._sharing = len(group) > self._few
         if self._sharing:
-            self._enough_now, self._calm = min(CROWDED, self._enough), 0
+            self._crowded, self._calm = True, 0
             self._carried = group
             return True
         self._calm += 1
         if self._calm >= CALM:
-            self._enough_now = self._enough
+            self._crowded = False
         self._carried = []
         for one in group:
             one.era = self._era
@@ -355,9 +389,9 @@ class Sharing:
         self._alone += len(group)
         return False
 
-    def _group(self) -> list[_Waiting]:
+    def _group(self) -> list[Waiting]:
         """Take those out of a queue who go next, in the order in which they came; no direction twice while others wait."""
-        group: list[_Waiting] = []
+        group: list[Waiting] = []
         size = 0
         for direction, queue in self._queues.items():
             while queue and len(group) < self._max_together:
@@ -378,6 +412,7 @@ class Sharing:
 
     def _stop_for_a_while(self, now: float) -> None:
         if self._restraint.pause(now):
+            self.tally.pauses += 1
             self._release()
 
     def _stop(self) -> None:
@@ -391,24 +426,33 @@ class Sharing:
         self._alone = 0
         self._sharing = False
         self._first_answer = None
-        for waiting in (*self._queues.values(), self._carried):
-            for one in waiting:
-                one.wake(_PAUSED)
         for queue in self._queues.values():
+            for one in queue:
+                one.wake(_PAUSED)
             queue.clear()
+        for one in self._carried:
+            one.wake(_SUSPECT)
+        if self._query is not None:
+            self._query.scope.cancel()
         self._carried = []
         self._queued = 0
 
     def _spoils(self, inquiry: Inquiry, error: NoDecision) -> None:
         """Keep it out if what it meets alone would have ended a query of several."""
         if error.code == "decision_too_large" or error.code.startswith("decision_status_"):
-            self._restraint.keep_out(inquiry, trio.current_time())
+            self._keep_out(inquiry)
 
-    def _slow(self, inquiry: Inquiry, timeout: float) -> None:
-        """Keep it out if it has kept others waiting. Where OPA stood still, or has too much to do, they have no answers either."""
-        now = trio.current_time()
-        if self._first_answer is not None and now - self._first_answer >= self._restraint.patience(timeout):
-            self._restraint.keep_out(inquiry, now)
+    def _slow(self, inquiry: Inquiry, timeout: float, *, left: bool) -> None:
+        """Keep it out if it has kept others waiting, or has `left` when they had answers and it had none. Where OPA stood still, or
+        has too much to do, they have no answers either.
+        """
+        first = self._first_answer
+        if first is not None and (left or trio.current_time() - first >= self._restraint.patience(timeout)):
+            self._keep_out(inquiry)
+
+    def _keep_out(self, inquiry: Inquiry) -> None:
+        self.tally.kept_out += 1
+        self._restraint.keep_out(inquiry, trio.current_time())
 
 
 def _same(one: Decision | NoDecision, other: Decision | NoDecision) -> bool:

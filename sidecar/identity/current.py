@@ -47,6 +47,11 @@ class Current:
         """Remember why the last update could not be used."""
         self.error = code
 
+    def recovered(self, code: str) -> None:
+        """Forget that failure. Another one that has come since stays."""
+        if self.error == code:
+            self.error = None
+
     def state(self, now: float) -> Literal["ok", "missing", "expired"]:
         """`now` in Unix seconds. An expired identity proves nothing any more: the caller must stop serving."""
         if self.identity is None:

@@ -38,6 +38,8 @@ from sidecar.model import Identity
 __all__ = ["Check", "Contents", "File", "Known", "Reading", "checking", "gather", "known", "read", "watch"]
 
 MAX_FILE_BYTES = 1 << 20
+_PIECE = 1 << 16
+"""Asked for at once: for what is larger malloc maps new memory, each second and for each file."""
 RECHECK_INTERVAL = 10.0
 """Seconds after which what was refused is checked again though it is the same: a date that lay in the future comes."""
 
@@ -200,8 +202,9 @@ def _look(kind: str, name: str, path: Path) -> File:
             facts = os.fstat(descriptor)
             if not stat.S_ISREG(facts.st_mode):
                 raise _fault(name, path, code, "is not a regular file")
-            with open(descriptor, "rb", closefd=False) as file:
-                data = file.read(MAX_FILE_BYTES + 1)
+            data = b""
+            while len(data) <= MAX_FILE_BYTES and (some := os.read(descriptor, _PIECE)):
+                data += some
         finally:
             os.close(descriptor)
     except (OSError, ValueError) as error:

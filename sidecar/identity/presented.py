@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import NoReturn
+
+import trio
 
 from sidecar.errors import OperatorFault
 from sidecar.identity import verify
 from sidecar.identity.current import Current
 from sidecar.model import Identity
 from sidecar.wire import tls
+
+AGAIN_INTERVAL = 10.0
+"""Seconds after which an identity that could not be used is tried again."""
 
 
 def check(identity: Identity) -> None:
@@ -42,12 +48,23 @@ class Presented:
         self._current.publish(identity)
         self._credentials = tls.Credentials(self._current.identity or identity, verify.judge)
 
-    async def follow(self) -> None:
-        """Take up each identity that is published by somebody else, for ever."""
-        async for identity in self._current.snapshots():
-            if self._credentials is None or self._credentials.generation != identity.generation:
-                try:
-                    self._credentials = tls.Credentials(identity, verify.judge)
-                except OperatorFault as fault:
-                    self._current.fail(fault.code)
+    async def follow(self) -> NoReturn:
+        """Take up each identity that is published by somebody else, for ever. One that cannot be used is tried again: what
+        was lacking may be there then, and nobody publishes it twice.
+        """
+        refused: OperatorFault | None = None
+        while True:
+            identity = await self._current.wait_change(0 if self._credentials is None else self._credentials.generation)
+            try:
+                self._credentials = tls.Credentials(identity, verify.judge)
+            except OperatorFault as fault:
+                self._current.fail(fault.code)
+                if refused is None or str(fault) != str(refused):
                     self._log("identity.refused", "error", code=fault.code, detail=str(fault))
+                refused = fault
+                with trio.move_on_after(AGAIN_INTERVAL):
+                    await self._current.wait_change(identity.generation)
+            else:
+                if refused is not None:
+                    self._current.recovered(refused.code)
+                refused = None

@@ -59,7 +59,7 @@ def check(contents: Contents, now: float) -> Reading:
     _check_match(contents, key, chain[0])
     identity = Identity(
         id=own.id,
-        chain=b"".join(one.public_bytes(Encoding.PEM) for one in chain),
+        chain=b"".join(one.public_bytes(Encoding.PEM) for one in (chain if len(chain) > 1 else verified)),
         key=key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()),
         trust=MappingProxyType({domain: frozenset(map(_der, anchors)) for domain, anchors in trust.items()}),
         # An authority may end before its leaf, and then nobody believes the leaf.

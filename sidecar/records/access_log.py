@@ -37,7 +37,7 @@ def line(exchange: Exchange) -> bytes:
         f',"protocol":"{x.protocol}","method":{_text(x.method)},"authority":{_text(x.authority)}'
         f',"path":{_text(x.path, MAX_PATH)},"status":{"null" if x.status is None else x.status}'
         f',"bytes_sent":{x.bytes_sent},"outcome":"{x.outcome}"{_failed(x.error, x.detail)}'
-        f"{_decided(x.rule, x.reason, x.revision)}{_sent(x.upstream, x.upstream_id, x.upstream_tls)}"
+        f"{_decided(_short(x.rule), _short(x.reason), x.revision)}{_sent(x.upstream, x.upstream_id, x.upstream_tls)}"
         f',"seconds":{x.seconds:.6f},"decision_seconds":{x.decision_seconds:.6f}'
         f',"upstream_seconds":{x.upstream_seconds:.6f}}}'
     ).encode("ascii")
@@ -87,6 +87,11 @@ def _where(connection_id: str, direction: Direction, peer: Peer, remote: Address
     if len(text) <= MAX_TEXT:
         _connections[key] = peer, remote, text
     return text
+
+
+def _short(text: str | None) -> str | None:
+    """As much of a text as `_text` needs to see that it is too long: policy may say in it what a peer has sent, however much."""
+    return text if text is None or len(text) <= MAX_TEXT else text[: MAX_TEXT + 1]
 
 
 @lru_cache(maxsize=64)

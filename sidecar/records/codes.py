@@ -36,7 +36,7 @@ _REQUEST = """
 """
 
 _SIDECAR = """
-    cancelled client_gone exchange_idle internal_error message_aborted overloaded peer_exchanges_exceeded route_timeout sidecar_unavailable
+    cancelled client_gone exchange_idle identity_unusable internal_error message_aborted overloaded peer_exchanges_exceeded route_timeout sidecar_unavailable
     decision_broken_off decision_malformed decision_timeout decision_too_large decision_unaskable
     decision_unavailable decision_undefined decision_unproven decision_unreachable decision_unsupported
     policy_not_ready policy_stale

@@ -22,6 +22,7 @@ from sidecar.model import (
     Exchange,
     LocalProcess,
     Peer,
+    SharingUse,
     Status,
     Workload,
 )
@@ -47,7 +48,7 @@ class Metrics:
     """What is counted while running. `directions` are shown from the start, so that a first event is an increase.
 
     `connections` tells how many are open for each listener, `dropped` how many lines of log were lost, `kept` what became of
-    decisions that are kept, None where none are.
+    decisions that are kept, `sharing` how questions went to OPA together, None where none do.
     """
 
     def __init__(
@@ -58,12 +59,14 @@ class Metrics:
         connections: Callable[[], Mapping[str, int]],
         dropped: Callable[[], int],
         kept: Callable[[], Account | None] = lambda: None,
+        sharing: Callable[[], SharingUse | None] = lambda: None,
     ) -> None:
         self._live = live
         self._directions = tuple(directions)
         self._open_connections = connections
         self._dropped = dropped
         self._kept = kept
+        self._sharing = sharing
         self._process = OwnProcess()
         self._exchanges: dict[tuple[str, ...], int] = {}
         self._errors: dict[tuple[str, ...], int] = {}
@@ -122,6 +125,7 @@ class Metrics:
     def measured(self) -> Iterator[Family]:
         """What is true of this process alone."""
         yield from self._traffic()
+        yield from _sharing(self._sharing())
         yield from self._process.families()
 
     def _traffic(self) -> Iterator[Family]:
@@ -254,6 +258,25 @@ def _cache(use: CacheUse) -> Iterator[Family]:
     yield counter("sidecar_decision_cache_evictions", "Answers that had to make room.", (), {(): use.evicted})
     yield gauge("sidecar_decision_cache_entries", "Answers kept now.", (), {(): use.entries})
     yield gauge("sidecar_decision_cache_bytes", "What they take, reckoned.", (), {(): use.bytes})
+
+
+def _sharing(use: SharingUse | None) -> Iterator[Family]:
+    if use is None:
+        return
+    yield counter(
+        "sidecar_decision_sharing_questions", "Questions to policy that went to OPA together with others.", (),
+        {(): use.questions},
+    )  # fmt: skip
+    queries = {"answered": use.answered, "failed": use.failed, "abandoned": use.abandoned}
+    yield counter(
+        "sidecar_decision_sharing_queries", "Queries of several questions, ended.", ("result",),
+        {(result,): number for result, number in queries.items()},
+    )  # fmt: skip
+    yield counter("sidecar_decision_sharing_pauses", "How often sharing was stopped for a while.", (), {(): use.pauses})
+    yield counter(
+        "sidecar_decision_sharing_kept_out", "How often an asker was kept from sharing for a while.", (),
+        {(): use.kept_out},
+    )  # fmt: skip
 
 
 def _named(name: str, meaning: str, label_name: str, value: str | None) -> Family:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import trio
 
-from sidecar.errors import NotSent, OurFault, PeerRejected, PlaintextOnly
+from sidecar.errors import NotSent, OperatorFault, OurFault, PeerRejected, PlaintextOnly
 from sidecar.model import SpiffeId
 from sidecar.wire import tls
 from sidecar.wire.dialling import Resolver, race
@@ -127,10 +127,15 @@ class Connector:
             raise OurFault("no identity in force", code="identity_missing")
         alpn = {"auto": ("h2", "http/1.1"), "h2": ("h2",), "h1": ("http/1.1",)}[upstream.protocol]
         try:
+            context = credentials.client_context(alpn)
+        except OperatorFault as fault:
+            sock.close()
+            raise OurFault(str(fault), code=fault.code) from fault
+        try:
             with trio.fail_after(settings.handshake_timeout):
                 stream = await tls.connect(
                     sock,
-                    credentials.client_context(alpn),
+                    context,
                     lambda facts: credentials.judge(facts, upstream.allowed),
                     upstream.server_name,
                 )

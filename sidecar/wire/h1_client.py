@@ -18,8 +18,9 @@ from sidecar.wire.h1_tunnel import ACCEPT, KEY, Tunnel, accept_of, is_websocket,
 from sidecar.wire.network import Stream
 from sidecar.wire.recent import Recent
 
-Known: TypeAlias = tuple[str, ResponseHead, h1.Framing, bool]
-"""The method that was answered, and what `h1.response_head` makes of the head of the answer to it."""
+Known: TypeAlias = tuple[str, int, ResponseHead, h1.Framing, bool]
+"""The method that was answered, how many fields there might be (a reload may say so anew), and what `h1.response_head` makes of
+the head of the answer then."""
 
 _GONE = (trio.BrokenResourceError, trio.ClosedResourceError)
 
@@ -114,9 +115,9 @@ class H1Connection:
         if self._head is None:
             raise MaybeSent("answered before it was asked", code="upstream_malformed")
         known = self._recent.get(raw)
-        if known is None or known[0] != self._head.method:
+        if known is None or known[0] != self._head.method or known[1] != self._max_fields:
             known = self._read(raw, self._head.method)
-        _, head, framing, keep = known
+        _, _, head, framing, keep = known
         self._heard = True
         if head.status == 101:
             return self._switched(head, self._head.upgrade)
@@ -130,7 +131,8 @@ class H1Connection:
 
     def _read(self, raw: bytes, method: str) -> Known:
         wanted = self._recent.wants(raw)
-        known = (method, *h1.response_head(raw, method=method, max_header_fields=self._max_fields, kept=wanted))
+        limit = self._max_fields
+        known = (method, limit, *h1.response_head(raw, method=method, max_header_fields=limit, kept=wanted))
         if wanted:
             self._recent.keep(raw, known)
         return known

@@ -8,6 +8,10 @@ from sidecar.model import Aborted, Data, Trailers
 from sidecar.wire.h2_signal import Signal
 
 
+def _nobody(_: int) -> None:
+    """To be told of what was taken out, once there is no stream."""
+
+
 class Incoming:
     """`model.Body` of one stream, filled by the reader. It holds no more than the stream's window."""
 
@@ -65,6 +69,10 @@ class Incoming:
             self._trailers = trailers
         self.complete = True
         self._signal.ring()
+
+    def close(self) -> None:
+        """Its stream is gone, and has given back the window of what is unread. Each would hold the other, till the collector comes."""
+        self._consumed = _nobody
 
     def fail(self, reason: str) -> None:
         """Break off, unless all has come. What had come before is dropped."""

@@ -46,6 +46,12 @@ _SLOWER = 5
 class H2Connection(Link):
     """A connection that carries any number of exchanges. `run` must be running for them to get anywhere."""
 
+    _handled = {  # noqa: RUF012
+        **Link._handled,
+        ResponseReceived: "_response_received",
+        InformationalResponseReceived: "_interim_received",
+    }
+
     def __init__(
         self,
         stream: Stream,
@@ -76,8 +82,6 @@ class H2Connection(Link):
         """Exchanges that had been opened when anything was last heard of the upstream, as of a look."""
         self._idle_since = trio.current_time()
         self._reading = trio.CancelScope()
-        self._handlers[ResponseReceived] = self._response_received
-        self._handlers[InformationalResponseReceived] = self._interim_received
 
     @property
     def accepting(self) -> bool:

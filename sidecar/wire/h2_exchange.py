@@ -171,6 +171,7 @@ class UpstreamExchange(Channel):
             if not self.over:
                 self.reset(ErrorCodes.CANCEL)
             self.connection.close_channel(self)
+        self.body.close()
         self.connection.released()
 
     def lost(self, reason: str, code: ErrorCodes | None, *, remote: bool) -> None:

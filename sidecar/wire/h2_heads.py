@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from itertools import chain
 
 from sidecar.errors import ClientFault, MaybeSent
-from sidecar.model import Fields, RequestHead, ResponseHead
+from sidecar.model import Fields, RequestHead, ResponseHead, maker
 from sidecar.wire import target
 from sidecar.wire.h2_validity import CONNECTION_FIELDS
 from sidecar.wire.headers import check_field
@@ -33,6 +34,7 @@ _STATUS = re.compile(rb"[1-5][0-9]{2}")
 _NAMES = re.compile(rb"(?::?[!#$%&'*+\-.^_`|~0-9a-z]+\n)*")
 _CONTROLS = bytes([*range(0x09), *range(0x0A, 0x20), 0x7F])
 _UPGRADE = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,64}(?:/[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,64})?")
+_request_head, _response_head = maker(RequestHead), maker(ResponseHead)
 _WITH_LENGTH = frozenset({"POST", "PUT", "PATCH"})
 _REST_OF_LINE = len("  HTTP/1.1")
 """What method and path make a request line with."""
@@ -57,6 +59,13 @@ def check(fields: Fields, max_header_bytes: int, max_header_fields: int) -> None
                 check_field(name, value)
             elif len(value.translate(None, _CONTROLS)) != len(value):
                 raise ClientFault(code="head_control_character", public="a pseudo-field holds a control character")
+
+
+def written(fields: Fields, *, ended: bool) -> bytes:
+    """The fields in one text, by which a head can be remembered: different ones differ, since no well-formed field holds a
+    line feed; and no head of HTTP/1.1 is one of these, since those hold carriage returns.
+    """
+    return b"\n".join((b"whole" if ended else b"begun", *chain.from_iterable(fields)))
 
 
 def request_head(
@@ -112,7 +121,7 @@ def request_head(
         if path == b"*" and method == b"OPTIONS"
         else target.origin_form(path, allow_encoded_slash=allow_encoded_slash)
     )
-    head = RequestHead(
+    head = _request_head(
         method=method.decode("ascii"), target=where, host=host, port=port, fields=kept, protocol="HTTP/2",
         upgrade=upgrade, expects_continue=expects_continue,
     )  # fmt: skip
@@ -165,7 +174,7 @@ def response_head(fields: Fields, *, max_header_bytes: int, max_header_fields: i
         kept.append(field)
     if not _STATUS.fullmatch(status) or status == b"101":
         raise MaybeSent("the status is none of HTTP/2", code="upstream_malformed")
-    return ResponseHead(status=int(status), fields=kept), length
+    return _response_head(status=int(status), fields=kept), length
 
 
 # ── out ───────────────────────────────────────────────────────────────────────────────────────────────────────────

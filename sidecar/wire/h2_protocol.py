@@ -12,6 +12,8 @@
 - a frame that changes nothing is an event too (`Ignored`), so that it can be counted;
 - an answer that makes a tunnel of its stream has no length, whatever it says (RFC 9110 §9.3.6);
 - header sections are validated by `h2_validity`, which costs a tenth;
+- what is remembered of a connection takes a fraction of the room (`h2_state`), and nothing in it refers back to the whole, so
+  that it goes with the last reference, without the collector;
 - a frame is not turned into text on its way in.
 
 The names with an underscore are h2's own: the lock file pins them, and the tests of this room fail where they change.
@@ -19,8 +21,9 @@ The names with an underscore are h2's own: the lock file pins them, and the test
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from h2.config import H2Configuration
 from h2.connection import (
@@ -50,7 +53,7 @@ from h2.exceptions import (
     StreamClosedError,
     StreamIDTooLowError,
 )
-from h2.settings import SettingCodes, Settings
+from h2.settings import SettingCodes
 from h2.stream import H2Stream, StreamClosedBy, StreamState
 from hpack.exceptions import HPACKError, OversizedHeaderListError
 from hyperframe.frame import (
@@ -66,6 +69,7 @@ from hyperframe.frame import (
 
 from sidecar.wire import h2_validity
 from sidecar.wire.h2_encoder import Encoder
+from sidecar.wire.h2_state import ClosedStreams, HeaderTable, Settings
 from sidecar.wire.h2_validity import Malformed
 
 STREAM_WINDOW: Final = 65535
@@ -100,6 +104,20 @@ _IGNORED: Final = Ignored()
 _DROPPED: Final = Dropped()
 
 
+def _configuration(*, client: bool) -> H2Configuration:
+    return H2Configuration(
+        client_side=client,
+        validate_inbound_headers=False,
+        normalize_inbound_headers=False,
+        validate_outbound_headers=False,
+        normalize_outbound_headers=False,
+    )
+
+
+_CLIENT: Final = _configuration(client=True)
+_SERVER: Final = _configuration(client=False)
+
+
 class CompressionError(ProtocolError):
     """A header block that cannot be decoded: from here on nothing could (RFC 9113 §4.3)."""
 
@@ -112,18 +130,8 @@ class Protocol(H2Connection):
     `window` is the connection's receive window in bytes, `max_streams` how many the peer may open at once.
     """
 
-    MAX_CLOSED_STREAMS = 1000
-
     def __init__(self, *, client: bool, max_header_bytes: int, max_streams: int, window: int) -> None:
-        super().__init__(
-            H2Configuration(
-                client_side=client,
-                validate_inbound_headers=False,
-                normalize_inbound_headers=False,
-                validate_outbound_headers=False,
-                normalize_outbound_headers=False,
-            )
-        )
+        super().__init__(_CLIENT if client else _SERVER)
         values = {
             SettingCodes.MAX_HEADER_LIST_SIZE: max_header_bytes,
             SettingCodes.INITIAL_WINDOW_SIZE: STREAM_WINDOW,
@@ -133,8 +141,12 @@ class Protocol(H2Connection):
             values[SettingCodes.MAX_CONCURRENT_STREAMS] = max_streams
             values[SettingCodes.ENABLE_CONNECT_PROTOCOL] = 1
         self.local_settings = Settings(client=client, initial_values=values)
+        self.remote_settings = Settings(client=not client)
         self._max_block_bytes = self.decoder.max_header_list_size = _OVERSIZE * max_header_bytes
+        self.decoder.header_table = HeaderTable()
         self.encoder = Encoder()
+        self._closed_streams = ClosedStreams()
+        self._frame_dispatch_table = _NONE  # bound methods: see `_RECEIVERS`
         self.state_machine = _Machine()
         self.greeted = False
         """Whether the peer's SETTINGS, which must come first, have come."""
@@ -246,7 +258,7 @@ class Protocol(H2Connection):
                 raise ProtocolError("the first frame is not SETTINGS")
             self.greeted = True
         try:
-            frames, events = self._frame_dispatch_table[type(frame)](frame)
+            frames, events = _RECEIVERS[type(frame)](self, frame)
         except StreamClosedError as error:
             frames, events = self._on_closed_stream(error)
         except StreamIDTooLowError as error:
@@ -259,6 +271,10 @@ class Protocol(H2Connection):
             late = type(frame) is WindowUpdateFrame
             return [WindowUpdated(stream_id=frame.stream_id, delta=0) if late else _IGNORED]
         return list(events)
+
+    def _stream_closed_by(self, stream_id: int) -> StreamClosedBy | None:
+        stream = self.streams.get(stream_id)
+        return self._closed_streams[stream_id] if stream is None else stream.closed_by
 
     def _on_closed_stream(self, error: StreamClosedError) -> tuple[list[Frame], list[Event]]:
         """What crossed our own reset is ignored; after the peer's, and after its end, it is an error (RFC 9113 §5.1)."""
@@ -358,6 +374,13 @@ class Protocol(H2Connection):
         event.error_code = error_code(frame.error_code)
         event.last_stream_id = frame.last_stream_id
         return [], [event]
+
+
+_NONE: Final[dict[Any, Any]] = {}
+_RECEIVERS: Final[dict[type[Frame], Callable[[Protocol, Any], tuple[list[Frame], list[Event]]]]] = {
+    kind: getattr(Protocol, receive.__name__) for kind, receive in H2Connection()._frame_dispatch_table.items()
+}
+"""What h2 keeps as bound methods, in each connection: a circle of references, for the collector to find."""
 
 
 def _validate(event: Event) -> None:

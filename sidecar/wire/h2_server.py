@@ -15,16 +15,17 @@ to the tunnel, once there is one.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import trio
 from h2.errors import ErrorCodes
 from h2.events import ConnectionTerminated, PingAckReceived, RequestReceived, StreamReset
 
 from sidecar.errors import ClientFault
-from sidecar.model import Aborted, Body, Fields, Request, RequestHead
-from sidecar.wire import answers, h2_heads
+from sidecar.model import Aborted, Body, Fields, Request, RequestHead, maker
+from sidecar.wire import answers, h1, h2_heads
 from sidecar.wire.answers import Whole
-from sidecar.wire.h1_server import NoLongerTrusted, Served
+from sidecar.wire.h1_server import Known, NoLongerTrusted, Served
 from sidecar.wire.h2_link import GONE, Link
 from sidecar.wire.h2_liveness import Liveness
 from sidecar.wire.h2_protocol import Protocol
@@ -45,6 +46,7 @@ _DRAIN_TIMEOUT = 1.0
 _DRAIN_PING = b"draining"
 _PROBE_INTERVALS = (0.01, 0.5)
 """Seconds between looks at a client that has ended its side: the first, and the longest."""
+_request = maker(Request)
 
 
 async def serve(stream: Stream, buffer: bytearray, served: Served) -> None:
@@ -63,6 +65,8 @@ async def serve(stream: Stream, buffer: bytearray, served: Served) -> None:
 
 
 class _Connection(Link):
+    _handled = {**Link._handled, RequestReceived: "_request_received"}  # noqa: RUF012
+
     def __init__(self, stream: Stream, served: Served) -> None:
         limits = served.limits
         super().__init__(
@@ -92,7 +96,6 @@ class _Connection(Link):
         self._pressed = False
         self._waiting_scope = trio.CancelScope()
         self._tasks: trio.Nursery
-        self._handlers[RequestReceived] = self._request_received
 
     async def run(self, first: bytes) -> None:
         linger_timeout = self.served.limits.linger_timeout
@@ -248,17 +251,13 @@ class _Connection(Link):
         ended = event.stream_ended is not None
         fields = event.headers or []
         length: int | None = 0 if ended else None
+        kept: dict[str, Any] | None = None
         request: RequestHead | ClientFault
         try:
-            request, length = h2_heads.request_head(
-                fields,
-                tls=self.served.connection.tls,
-                ended=ended,
-                max_header_bytes=limits.max_header_bytes,
-                max_header_fields=limits.max_header_fields,
-                max_request_line_bytes=limits.max_request_line_bytes,
-                allow_encoded_slash=limits.allow_encoded_slash,
-            )
+            raw = h2_heads.written(fields, ended=ended)
+            known = self.served.recent.get(raw)
+            request, framing, _, kept = known if known is not None else self._read(raw, fields, ended=ended)
+            length = None if framing == h1.CHUNKED else framing
             if not self.served.fresh():
                 request = NoLongerTrusted()
         except ClientFault as fault:
@@ -275,14 +274,36 @@ class _Connection(Link):
             self._tasks.start_soon(self._refuse, channel, request, fields)
         else:
             self.served.exchanges += 1
-            self._tasks.start_soon(self._handle, channel, request)
+            self._tasks.start_soon(self._handle, channel, request, kept)
 
-    async def _handle(self, channel: ServedStream, head: RequestHead) -> None:
+    def _read(self, raw: bytes, fields: Fields, *, ended: bool) -> Known:
+        """What `h2_heads.request_head` makes of a head, and where it comes again room for what others make of it.
+
+        A length that is not stated is `h1.CHUNKED`. Raises `ClientFault`.
+        """
+        limits, recent = self.served.limits, self.served.recent
+        head, length = h2_heads.request_head(
+            fields,
+            tls=self.served.connection.tls,
+            ended=ended,
+            max_header_bytes=limits.max_header_bytes,
+            max_header_fields=limits.max_header_fields,
+            max_request_line_bytes=limits.max_request_line_bytes,
+            allow_encoded_slash=limits.allow_encoded_slash,
+        )
+        framing = h1.CHUNKED if length is None else length
+        if not recent.wants(raw):
+            return head, framing, True, None
+        known: Known = (head, framing, True, {})
+        recent.keep(raw, known)
+        return known
+
+    async def _handle(self, channel: ServedStream, head: RequestHead, kept: dict[str, Any] | None) -> None:
         reply = H2Reply(channel, head.method)
         body: Body = Whole() if channel.tunnelled else channel.body
         try:
             with channel.scope:
-                await self.served.handle(self.served.connection, Request(head=head, body=body), reply)
+                await self.served.handle(self.served.connection, _request(head=head, body=body, kept=kept), reply)
         except Aborted:
             pass
         except Exception as error:  # noqa: BLE001  (a defect ends its own stream now, and the connection after the others)

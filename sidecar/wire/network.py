@@ -60,6 +60,8 @@ class Stream:
     _wants_to_write: tuple[type[OSError], ...] = (BlockingIOError,)
     _clean_end: tuple[type[OSError], ...] = ()
     """What a read may raise in place of returning b""."""
+    _most_at_once = 65536
+    """Bytes that one read can bring. Room for as many is made each time, and what stays of it cuts the heap into pieces."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
@@ -81,6 +83,8 @@ class Stream:
     async def receive_some(self, max_bytes: int = 65536) -> bytes:
         if self._closed:
             raise trio.ClosedResourceError("this stream was already closed")
+        if max_bytes > self._most_at_once:
+            max_bytes = self._most_at_once
         if self._drained and not self._reading:
             # What `_readable` does, here: nearly every read of a head comes this way, and each await has its price.
             self._streak = 0
@@ -302,11 +306,42 @@ async def drop_input(sock: socket.socket) -> None:
             return
 
 
+class _Asking:
+    """For `trio.to_thread`: of all threads that ask, one at a time for this name. A resolver that hangs goes on in its thread
+    when whoever asked has long given up; one name whose servers are dead would soon have every thread.
+    """
+
+    def __init__(self, name: Address, every: trio.CapacityLimiter, asking: dict[Address, _Asking]) -> None:
+        self._name = name
+        self._every = every
+        self._asking = asking
+        self._one = trio.CapacityLimiter(1)
+
+    async def acquire_on_behalf_of(self, borrower: object) -> None:
+        await self._one.acquire_on_behalf_of(borrower)
+        try:
+            await self._every.acquire_on_behalf_of(borrower)
+        except BaseException:
+            self._one.release_on_behalf_of(borrower)
+            raise
+
+    def release_on_behalf_of(self, borrower: object) -> None:
+        self._every.release_on_behalf_of(borrower)
+        self._one.release_on_behalf_of(borrower)
+        self.forget_unless_used()
+
+    def forget_unless_used(self) -> None:
+        if not self._one.borrowed_tokens:  # which whoever waits has been given by now
+            self._asking.pop(self._name, None)
+
+
 class TcpNetwork:
     """The real one."""
 
     def __init__(self) -> None:
         self._resolving = trio.CapacityLimiter(_MAX_RESOLVING)
+        self._asking: dict[Address, _Asking] = {}
+        """By name, while a thread asks for it."""
 
     async def resolve(self, name: Address) -> Sequence[Address]:
         def ask() -> list[Address]:
@@ -316,7 +351,13 @@ class TcpNetwork:
                 raise socket.gaierror(socket.EAI_NONAME, str(error)) from error
             return list(dict.fromkeys(_by_ip(*sockaddr) for _, _, _, _, sockaddr in found))
 
-        return await trio.to_thread.run_sync(ask, abandon_on_cancel=True, limiter=self._resolving)
+        asking = self._asking.setdefault(name, _Asking(name, self._resolving, self._asking))
+        try:
+            return await trio.to_thread.run_sync(ask, abandon_on_cancel=True, limiter=asking)  # type: ignore[arg-type]
+        except RuntimeError as error:  # there is no thread left for it
+            raise socket.gaierror(socket.EAI_AGAIN, str(error)) from error
+        finally:
+            asking.forget_unless_used()
 
     async def connect(self, to: Address | Path) -> socket.socket:
         if isinstance(to, Path):

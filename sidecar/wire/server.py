@@ -35,8 +35,8 @@ _LOOK_OUT_INTERVAL = 0.5
 """Seconds; waits end at most that much late."""
 _FORGET = 60
 """So many looks from one time that heads are forgotten to the next."""
-_MAX_HEADS, _MAX_HEADS_IN_ALL = 256, 2048
-"""Remembered of one client, and of all; a head with all that is made of it takes some 5 KB."""
+_MAX_HEADS, _MAX_FULL = 256, 8
+"""Heads remembered of one client, and how many such memories may be full of ordinary ones: 8 MiB in all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +79,7 @@ class Server:
         self._admission = Admission()
         self._hangups = Hangups()
         self._turns = Turns()
-        self._memories: Memories[Known] = Memories(max_heads=_MAX_HEADS, max_in_all=_MAX_HEADS_IN_ALL)
+        self._memories: Memories[Known] = Memories(max_heads=_MAX_HEADS, max_full=_MAX_FULL)
         self._accepting = False
         self._emptied = trio.Event()
         self._draining = False

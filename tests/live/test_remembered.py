@@ -243,6 +243,7 @@ def test_each_decision_is_in_the_logs_with_the_one_that_it_repeats(opa: Path, tm
         assert 'sidecar_decision_cache_total{result="hit"} 3' in metrics
         assert 'sidecar_decision_cache_total{result="miss"} 2' in metrics
         assert "sidecar_decision_cache_entries 2" in metrics
+        assert "sidecar_decision_sharing_questions_total 0" in metrics  # one after the other, as they came
 
 
 def put(live: sidecars.Live, opa: Path, work: Path, files: dict[str, str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -129,10 +130,33 @@ async def test_a_hostile_question_harms_nobody(opa: Path, tmp_path: Path, hostil
                     assert one == code
                 else:
                     assert one == Allow(decision_id="", revision="r1", reason=inquiry.path)
-            if sharing.spoilt == spoilt and turn >= 5:
+            if sharing.tally.failed == spoilt and turn >= 5:
                 break  # tasks run in any order: now and then the hostile one is the first, and alone
-        assert sharing.spoilt == spoilt
-        assert sharing.queries >= 1
+        assert sharing.tally.failed == spoilt
+        assert sharing.tally.queries >= 1
+        use = engine.sharing_use
+        assert (use.questions, use.failed) == (sharing.tally.together, spoilt)
+        assert use.answered == sharing.tally.queries - spoilt
+
+
+async def test_opa_does_not_go_on_with_what_nobody_waits_for(opa: Path, tmp_path: Path) -> None:
+    async with running(opa, tmp_path, HOSTILE, {"sidecar": {"long": ""}}, timeout=20.0) as engine:
+        sharing, process = engine.sharing, engine._running
+        assert sharing is not None
+        assert process is not None
+        slow = sharing.opa.question(asking("/slow"))
+        with trio.move_on_after(0.2) as scope:
+            await sharing.opa.decide_together("inbound", [slow] * 8, 20.0)
+        assert scope.cancelled_caught, "it would take seconds"
+        await trio.sleep(0.2)
+        before = cpu_seconds(process.child.pid)
+        await trio.sleep(0.5)
+        assert cpu_seconds(process.child.pid) - before < 0.2
+
+
+def cpu_seconds(pid: int | None) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 async def test_answers_that_are_too_long_together_are_given_one_by_one(opa: Path, tmp_path: Path) -> None:
@@ -172,8 +196,8 @@ async def test_it_can_be_turned_off(opa: Path, tmp_path: Path, max_together: int
         assert all(isinstance(one, Allow) for one in said)
         assert (engine.sharing is not None) is shared
         if engine.sharing is not None:
-            assert engine.sharing.together > 0
-            assert engine.sharing.together <= max_together * engine.sharing.queries
+            assert engine.sharing.tally.together > 0
+            assert engine.sharing.tally.together <= max_together * engine.sharing.tally.queries
 
 
 async def test_a_rule_that_asks_somebody_else_is_not_shared(opa: Path, tmp_path: Path) -> None:
@@ -255,7 +279,7 @@ async def test_what_is_said_together_is_what_is_said_alone(opa: Path, tmp_path: 
         assert sharing is not None
         asked = [question(chance) for _ in range(60)]
         alone = [await said_to(engine, inquiry) for inquiry in asked]
-        assert sharing.queries == 0
+        assert sharing.tally.queries == 0
         # Who fails alone is not put together with others; here everybody is, and nothing is ever paused.
         bodies = [sharing.opa.question(inquiry) for inquiry in asked]
         sound = [number for number, one in enumerate(alone) if one != "decision_status_500"]
@@ -269,4 +293,4 @@ async def test_what_is_said_together_is_what_is_said_alone(opa: Path, tmp_path: 
             together, _ = await at_once(engine, asked)
             assert together == alone
         if len(sound) == len(asked):
-            assert sharing.together > 100
+            assert sharing.tally.together > 100

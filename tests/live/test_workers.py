@@ -125,6 +125,31 @@ def test_both_serve_and_what_they_count_adds_up(live: Live) -> None:
     assert len(ids) == len(set(ids)) == sent + 50
 
 
+def test_questions_that_wait_in_a_worker_go_to_opa_together_and_the_counts_add_up(opa: Path, tmp_path: Path) -> None:
+    policy = {"source": "policy/bundle.tar.gz", "keys": {"test-1": {"algorithm": "ES256", "file": "policy/test-1.pub"}}}
+    with (
+        stage.running(tmp_path, opa, workers=2, policy={**policy, "cache": False}) as live,
+        ExitStack() as stack,
+    ):
+        publish(live, opa, 2, allow=True)
+        until(lambda: any(one["serial"] == 2 for one in events(live, "bundle.activated")), "it is taken up")
+        reach(live, stack)
+        socks = [stack.enter_context(live.connect()) for _ in range(60)]
+        end, questions = time.monotonic() + PATIENCE, 0.0
+        while not questions and time.monotonic() < end:
+            for sock in socks:
+                sock.sendall(GOOD)
+            for sock in socks:
+                assert status(exchange(sock, b"")) == 200
+            questions = metric(live, "sidecar_decision_sharing_questions_total")
+        queries = metric(live, "sidecar_decision_sharing_queries_total", result="answered")
+        assert 2 * queries <= questions <= metric(live, "sidecar_decisions_total", direction="inbound")
+        assert queries >= 1
+        os.kill(pid_of(live, 0), signal.SIGKILL)
+        until(lambda: metric(live, "sidecar_worker_restarts_total") == 1, "it is replaced")
+        assert metric(live, "sidecar_decision_sharing_questions_total") >= questions, "and what it had counted stays"
+
+
 def test_one_opa_answers_for_all_and_no_worker_outlives_the_supervisor(live: Live) -> None:
     pids = [pid_of(live, 0), pid_of(live, 1)]
     children = subprocess.run(

@@ -87,6 +87,8 @@ class PairNetwork:
         self.dialled: list[Address | Path] = []
         self.names: dict[Address, list[Address]] = {}
         """What a name leads to; one that is not here leads to itself."""
+        self.comes_from = "10.0.0.9"
+        """The host of whoever connects."""
         self.tap: Callable[[socket.socket, str], socket.socket] = lambda sock, _role: sock
         self.sockets: list[socket.socket] = []
         self.inside: ContextVar[bool] | None = None
@@ -111,7 +113,7 @@ class PairNetwork:
             self.apps_own.append((f"dialled {to}", near))
         near.setblocking(False)
         far.setblocking(False)
-        remote = Address(host="10.0.0.9", port=next(self._ports))
+        remote = Address(host=self.comes_from, port=next(self._ports))
         try:
             listener.send.send_nowait((self.tap(far, f"accepted {to}"), remote))
         except (trio.BrokenResourceError, trio.ClosedResourceError, trio.WouldBlock):

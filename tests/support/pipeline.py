@@ -252,7 +252,8 @@ class World:
     def leave(self, exchange_id: str) -> None:
         self.open.discard(exchange_id)
 
-    async def run(self, body: Any = None, **head: Any) -> Exchange:
+    async def run(self, body: Any = None, kept: dict[str, Any] | None = None, **head: Any) -> Exchange:
+        """`kept`: what was made of this head before."""
         recorder = type(
             "Recorder", (), {"exchange": lambda _, r: self.exchange(r), "decided": lambda _, r: self.decided_(r)}
         )()
@@ -260,7 +261,7 @@ class World:
             program=self, decisions=self, client=self.client, recorder=recorder, live=self,
             bounds=lambda: self.bounds, stopwatch=trio.current_time,
         )  # type: ignore[arg-type]  # fmt: skip
-        request = Request(head=replace(HEAD, **head), body=body or Whole())
+        request = Request(head=replace(HEAD, **head), body=body or Whole(), kept=kept)
         await pipeline.handle(CONNECTION, request, self.reply)
         assert self.open == set()
         assert all(sent.released == 1 for sent in self.client.sent)

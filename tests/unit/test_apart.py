@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import resource
 import subprocess
 import sys
 import time
@@ -156,6 +157,65 @@ async def test_a_child_that_does_not_answer_is_a_fault(function: str, arguments:
 async def test_a_child_that_cannot_be_started_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     assert "cannot be started" in (await failing("builtins:int")).detail
+
+
+async def test_where_no_thread_is_left_to_start_it_from_that_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(trio.to_thread, "run_sync", none_left)
+    assert "cannot be started" in (await failing("builtins:int")).detail
+
+
+@pytest.mark.parametrize("left", [1, 3, 5])
+async def test_where_descriptors_run_out_that_is_a_fault_and_none_is_lost(left: int) -> None:
+    await apart.in_child("builtins:int")  # whatever is opened once is open
+    before = _open_descriptors()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken: list[int] = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(before) + 32, hard))
+    try:
+        with pytest.raises(OSError, match="Too many"):
+            while True:
+                taken.append(os.open(os.devnull, os.O_RDONLY))
+        for _ in range(left):
+            os.close(taken.pop())
+        assert "cannot be started" in (await failing("builtins:int")).detail
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for one in taken:
+            os.close(one)
+    assert _open_descriptors() == before
+
+
+def _open_descriptors() -> set[int]:
+    seen = {int(name) for name in os.listdir("/proc/self/fd")}
+    return {one for one in seen if Path(f"/proc/self/fd/{one}").exists()}  # without the one that has looked
+
+
+async def test_a_child_that_nobody_ends_will_end_by_itself() -> None:
+    left = await apart.in_child("signal:alarm", 0)
+    assert apart._TIMEOUT < left <= apart._TIMEOUT + 60
+
+
+async def test_what_a_child_says_before_it_fails_is_no_answer() -> None:
+    says = "import os, sys; from sidecar.errand import Done, packed; os.write(1, packed(Done(value=7))); os._exit(3)"
+    assert "3" in (await failing("builtins:exec", says)).detail
+
+
+async def test_a_child_leads_a_session_of_its_own_and_imports_nothing_from_where_it_stands() -> None:
+    assert await apart.in_child("os:getsid", 0) != os.getsid(0)
+    assert await apart.in_child("builtins:eval", "__import__('sys').flags.safe_path")
+
+
+async def test_a_child_is_handed_no_descriptor_of_ours() -> None:
+    ours = os.open(os.devnull, os.O_RDONLY)
+    try:
+        os.set_inheritable(ours, True)
+        found = await apart.in_child("os:listdir", "/proc/self/fd")
+    finally:
+        os.close(ours)
+    assert len(found) <= 4, "three, and the one that looks"
 
 
 async def test_a_child_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import trio
@@ -11,6 +13,7 @@ from sidecar.attempt import Attempt, Bucket
 from sidecar.config import Rate
 from sidecar.errors import ClientFault, NoDecision, NotSent, PlaintextOnly, SidecarError
 from sidecar.exchange import Bounds
+from sidecar.forward import Forward
 from sidecar.model import (
     Aborted,
     Deny,
@@ -68,6 +71,17 @@ async def test_trailers_lose_what_may_not_pass_in_both_directions(autojump_clock
     await world.run(Pieces(b"b", trailers), method="POST")
     assert world.client.sent[0].items == [b"b", Trailers([(b"x-sum", b"1")])]
     assert world.reply.items == [b"a", Trailers([(b"x-sum", b"1")])]
+
+
+async def test_a_request_with_a_body_leaves_nothing_for_the_garbage_collector(autojump_clock):
+    world = World()
+    gc.collect()
+    gc.disable()
+    try:
+        assert (await world.run(Pieces(b"b"), method="POST")).outcome == "allowed"
+        assert not [one for one in gc.get_objects() if isinstance(one, Forward)]
+    finally:
+        gc.enable()
 
 
 async def test_an_upstream_that_proved_itself_is_remembered_before_anything_is_sent(autojump_clock):
@@ -356,3 +370,24 @@ async def test_ids_of_the_client_are_kept_where_they_are_sane_and_made_where_not
     assert record.request_id == record.exchange_id
     assert record.trace_id is not None
     assert len(record.trace_id) == 32
+
+
+async def test_of_a_head_that_comes_again_the_ids_of_the_client_are_kept_and_those_that_we_make_are_new(autojump_clock):
+    theirs = [(b"x-request-id", b"r-7"), (b"traceparent", b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01")]
+    for fields, given in (([], 0), (theirs[:1], 1), (theirs[1:], 1), (theirs, 2)):
+        kept: dict[str, Any] = {}
+        records = [await World().run(fields=fields, kept=kept) for _ in range(3)]
+        requests, traces = {one.request_id for one in records}, {one.trace_id for one in records}
+        assert sorted([len(requests), len(traces)]) == sorted([1] * given + [3] * (2 - given))
+        assert len({one.exchange_id for one in records}) == 3
+        assert all(one.request_id in ("r-7", one.exchange_id) for one in records)
+
+
+async def test_a_head_that_comes_again_is_decided_on_again(autojump_clock):
+    kept: dict[str, Any] = {}
+    assert (await World().run(kept=kept)).outcome == "allowed"
+    again = World()
+    again.decisions = [Deny(decision_id="d2", revision="r1")]
+    assert (await again.run(kept=kept)).outcome == "denied"
+    assert again.asked
+    assert not again.client.sent

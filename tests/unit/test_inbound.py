@@ -197,7 +197,8 @@ AGAIN: list[dict[str, Any]] = [
 @pytest.mark.parametrize("head", AGAIN)
 @pytest.mark.parametrize("connection", [MTLS, PLAINTEXT])
 def test_what_was_planned_once_is_what_would_be_planned_again(connection: Connection, head: dict[str, Any]) -> None:
-    seen, kept = Seen(headers=frozenset({b"x-tenant"}), query=frozenset({"q"})), {}
+    names, kept = frozenset({b"x-tenant"}), {}
+    seen = Seen(headers=names, query=frozenset({"q"}), reserved=names)
     by = program(seen=lambda: seen, xfcc=True, timeout=5.0, retries=3, rate=Rate(per_second=5, burst=50))
     first = Request(head=replace(HEAD, **head), body=Whole(), kept=kept)
     by.attempt(connection, first, IDS)

@@ -82,4 +82,15 @@ async def test_a_decision_of_which_no_event_can_be_made_is_on_account(
     log = keeping(monkeypatch, Asked((200, "", b"")), file=tmp_path / "decisions.jsonl")
     log.decided(decided(seconds=float("nan")))
     assert log.account() == Account(failed=1)
+    log.lost(failed=2, dropped=3)
+    log.lost(failed=0, dropped=1)
+    assert log.account() == Account(failed=3, dropped=4), "and those that were lost elsewhere"
     await log.finish()
+
+
+async def test_what_was_lost_elsewhere_is_on_account_where_a_service_keeps_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    log = keeping(monkeypatch, Asked((200, "", b"")), service=SERVICE)
+    log.lost(failed=2, dropped=3)
+    assert log.account() == Account(failed=2, dropped=3)

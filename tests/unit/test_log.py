@@ -282,6 +282,18 @@ def test_a_reader_that_stands_still_stops_nobody_and_loses_the_oldest(pipe: tupl
     assert got[-1] == sent[-1]
 
 
+def test_each_of_several_lines_counts_where_they_are_lost(pipe: tuple[int, int]) -> None:
+    reader, writer = pipe
+    os.close(reader)
+    sink = LineSink(writer, batch_bytes=100, max_pending_bytes=1_000)
+    for _ in range(100):
+        sink.write(b"a\nb\n" + b"c" * 200)
+    lost_by_now = sink.dropped
+    sink.close()
+    assert lost_by_now >= 280
+    assert sink.dropped == 300 - 3  # the batch that was begun is never torn, and has gone nowhere
+
+
 def test_a_line_longer_than_the_pipe_arrives_whole(pipe: tuple[int, int]) -> None:
     reader, writer = pipe
     sink = LineSink(writer)

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from sidecar.attempt import Attempt, Ids
+from sidecar.attempt import Attempt, Ids, OwnAnswer, Plan
 from sidecar.model import (
+    Address,
     Allow,
     Decided,
     Deny,
@@ -19,8 +20,11 @@ from sidecar.model import (
     Response,
     ResponseHead,
     Target,
+    Trailers,
     maker,
 )
+from sidecar.wire.answers import Whole
+from sidecar.wire.upstream import Upstream
 from support.records import exchange
 
 MADE = [Allow, Attempt, Decided, Deny, Exchange, Ids, Inquiry, Request, RequestHead, Response, ResponseHead, Target]
@@ -80,3 +84,33 @@ def test_checks_are_made_and_each_has_defaults_of_its_own() -> None:
     first, second = make(number=1), make(number=2)
     first.names.append("x")
     assert (first.names, second.names, make(number=3, names=["y"]).names) == (["x"], [], ["y"])
+
+
+SECRET = [(b"authorization", b"Bearer s3cr3t")]
+HELD = RequestHead(
+    method="GET", target=Target(path="/x", query="token=s3cr3t", segments=("x",)), host="a.test", port=None, fields=SECRET,
+    protocol="HTTP/1.1",
+)  # fmt: skip
+INQUIRY = Inquiry(
+    direction="inbound", caller=None, caller_reason="plaintext", method="GET", path="/x", segments=("x",), query={},
+    headers={}, mtls_mode="strict", tls=False, host="a.test", port=None, protocol="HTTP/1.1",
+)  # fmt: skip
+ATTEMPT = Attempt(
+    upstream=Upstream(address=Address(host="a.test", port=1), tls=False), head=HELD, inquiry=INQUIRY,
+    fields=[*SECRET, (b"x-request-id", b"r"), (b"traceparent", b"p")],
+)  # fmt: skip
+REQUEST = Request(head=HELD, body=Whole(b"s3cr3t"), kept={"head": SECRET})
+
+
+@pytest.mark.parametrize(
+    "holder",
+    [
+        HELD, REQUEST, ATTEMPT, Plan(ATTEMPT, ()), ResponseHead(status=200, fields=SECRET, kept={b"via": SECRET}),
+        Response(head=ResponseHead(status=200, fields=SECRET), body=Whole(b"s3cr3t")), Trailers(SECRET),
+        OwnAnswer(head=HELD, inquiry=INQUIRY, answer=lambda _permit: None),  # type: ignore[arg-type, return-value]
+    ],
+    ids=lambda holder: type(holder).__name__,
+)  # fmt: skip
+def test_nothing_of_a_message_stands_in_a_repr(holder: Any) -> None:
+    """An error that quotes what it was given is written to the log."""
+    assert "s3cr3t" not in repr(holder)

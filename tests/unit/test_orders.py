@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+from dataclasses import fields, replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import pytest
 
 from sidecar import orders
 from sidecar.config import Config, FilesIdentity, InboundListener, Outbound, Rate, Route
-from sidecar.model import Address, Allow, Decided, Deny, Identity, Lending, PolicyBundle, SpiffeId
+from sidecar.model import (
+    Address,
+    Allow,
+    Decided,
+    Deny,
+    Identity,
+    Inquiry,
+    Lending,
+    PolicyBundle,
+    SpiffeId,
+)
 from support.questions import asking
 
 IDENTITY = Identity(
@@ -83,8 +96,59 @@ def test_what_was_not_decided_is_compared_with_nothing():
 
 
 @pytest.mark.parametrize(
-    "payload", [b"{}", b"[]", b'["permit",{},{},"e",1,1]', b'["allow",{"x":1},{},"e",1,1]', b"\x80\x04."]
+    "payload",
+    [b"{}", b"[]", b'["permit",{},{},"e",1,1]', b'["allow",{"x":1},{},"e",1,1]', b"\x80\x04.", b"[" * 200_000],
+    ids=len,
 )
 def test_nothing_that_comes_up_is_believed_to_be_a_decision(payload):
     with pytest.raises((ValueError, TypeError, KeyError, AttributeError)):
         orders.decided(payload)
+
+
+def compared() -> list[Any]:
+    record = Decided(
+        at=1.0, exchange_id="e", inquiry=replace(asking("/x"), headers={"a": ("b",)}, query={"c": ("d",)}), error=None, seconds=0.5,
+        decision=Allow(decision_id="d", revision="r", rule="x"),
+    )  # fmt: skip
+    told = orders.compared(record)
+    assert told is not None
+    made: list[Any] = json.loads(told)
+    assert orders.decided(told).decision == record.decision
+    return made
+
+
+@pytest.mark.parametrize("name", [one.name for one in fields(Inquiry)])
+@pytest.mark.parametrize("wrong", [5.5, {"x": 5}, [[]]], ids=str)
+def test_each_field_of_a_decision_that_comes_up_is_what_it_is_elsewhere(name, wrong):
+    """It goes on to an OPA: what could not be asked there would end whoever asks."""
+    if name in {"target", "claims", "credential"} and isinstance(wrong, dict):
+        return
+    made = compared()
+    made[1][name] = wrong
+    with pytest.raises((ValueError, TypeError, KeyError, AttributeError)):
+        orders.decided(json.dumps(made).encode())
+
+
+@pytest.mark.parametrize("name", ["decision_id", "revision", "rule"])
+def test_what_is_shown_of_a_decision_that_comes_up_is_text(name):
+    made = compared()
+    made[2][name] = ["x"]
+    with pytest.raises(ValueError, match="belongs"):
+        orders.decided(json.dumps(made).encode())
+
+
+# ── words ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("payload", [b"", b"[]", b"5", b'"measured"', b"[" * 200_000, b"\xff"], ids=len)
+def test_a_word_is_an_object_or_none(payload):
+    with pytest.raises(ValueError):  # noqa: PT011  (by json, or by us)
+        orders.said(payload)
+
+
+def test_a_refusal_is_a_code_and_a_detail():
+    assert orders.refusal(None) is None
+    assert orders.refusal(["code", "detail"]) == ("code", "detail")
+    for wrong in (5, "x", [], ["code"], ["code", 5], {}):
+        with pytest.raises(ValueError, match="no refusal"):
+            orders.refusal(wrong)

@@ -14,6 +14,7 @@ from sidecar.identity.proven import Proven
 from sidecar.model import Address, Connection, LocalProcess, Request, RequestHead, SpiffeId, Target, Workload
 from sidecar.outbound import Outbound, Routes
 from sidecar.wire.answers import Whole
+from sidecar.wire.target import ASTERISK
 
 TARGET = Address(host="budget.internal", port=8443)
 PLAINTEXT = Address(host="budget.internal", port=8000)
@@ -246,3 +247,93 @@ def test_decisions_are_believed_of_those_who_proved_themselves(proven):
     assert attempt.upstream_decides
     assert attempt.step_down is not None
     assert not attempt.step_down(PlaintextOnly()).upstream_decides
+
+
+# ── a head that comes again ───────────────────────────────────────────────────────────────────────────────────────
+
+OTHER_IDS = Ids(exchange="e2", request="r2", trace="t2", traceparent="00-t2-p2-01")
+AGAIN: list[dict[str, Any]] = [
+    {},
+    {"fields": [(b"x-tenant", b"t"), (b"accept", b"*/*"), (b"x-request-id", b"theirs")]},
+    {"fields": [(b"traceparent", b"00-t2-p2-01"), (b"tracestate", b"a=b")]},
+    {"upgrade": "websocket"},
+    {"fields": [(b"content-type", b"application/grpc"), (b"te", b"trailers")], "protocol": "HTTP/2"},
+    {"method": "OPTIONS", "target": ASTERISK},
+]
+
+
+class Replanner:
+    """A program all of whose terms can be changed, and which is asked with one head that is remembered."""
+
+    def __init__(self, proven: Proven, mode: Any, **given: Any) -> None:
+        names = frozenset({b"x-tenant"})
+        self.seen = Seen(headers=names, query=frozenset({"q"}), reserved=names)
+        self.routes = Routes([route(**given)], mode)
+        self.own_id: str | None = OWN
+        self.program = Outbound(
+            mode=mode, routes=lambda: self.routes, own_id=lambda: self.own_id, proven=proven, seen=lambda: self.seen,
+            remember_failed=lambda _name, _error: None, pseudonym=b"us",
+        )  # fmt: skip
+        self.request = Request(head=HEAD, body=Whole(), kept={})
+
+    def both(self, ids: Ids = OTHER_IDS, **head: Any) -> tuple[Attempt, Attempt]:
+        """What is planned where the head is remembered, and where it is not."""
+        request = replace(self.request, head=replace(self.request.head, **head))
+        again = self.program.attempt(LOCAL, request, ids)
+        return again, self.program.attempt(LOCAL, replace(request, kept=None), ids)
+
+
+@pytest.mark.parametrize("head", AGAIN)
+@pytest.mark.parametrize("mode", ["strict", "disabled"])
+def test_what_was_planned_once_is_what_would_be_planned_again(proven, mode: Any, head: dict[str, Any]) -> None:
+    proven.add(str(TARGET))
+    it = Replanner(proven, mode, timeout=5.0, retries=3, rate=Rate(per_second=5, burst=50))
+    it.program.attempt(LOCAL, replace(it.request, head=replace(HEAD, **head)), IDS)
+    again, anew = it.both(**head)
+    assert again == anew
+    again, anew = it.both(IDS, **head)
+    assert again == anew
+
+
+def test_a_plan_is_used_again_once_the_target_has_proven_itself(proven) -> None:
+    it = Replanner(proven, "strict")
+    first, second = it.both()[0], it.both()[0]
+    assert first.inquiry is not second.inquiry
+    assert first.proven is not None is not second.proven
+    proven.add(str(TARGET))
+    first, second = it.both()[0], it.both()[0]
+    assert first.inquiry is second.inquiry
+    assert (first.proven, second.proven) == (None, None)
+
+
+def test_a_way_down_is_that_of_each_request(proven) -> None:
+    proven.add(str(TARGET))
+    it = Replanner(proven, "permissive", plaintext=PLAINTEXT)
+    steps = [it.both(ids)[0].step_down for ids in (IDS, OTHER_IDS)]
+    assert None not in steps
+    assert steps[0] is not steps[1]
+
+
+@pytest.mark.parametrize("changed", ["seen", "routes", "own_id"])
+def test_what_a_plan_followed_from_has_changed(proven, changed: str) -> None:
+    proven.add(str(TARGET))
+    it = Replanner(proven, "strict")
+    before = it.both(fields=[(b"x-other", b"o")])[0]
+    match changed:
+        case "seen":
+            it.seen = Seen(headers=frozenset({b"x-other"}), query=frozenset())
+        case "routes":
+            it.routes = Routes([route(spiffe_ids=frozenset({OWN}), authority_host="elsewhere")], "strict", it.routes)
+        case _:
+            it.own_id = "spiffe://a.test/ns/demo/renamed"
+    again, anew = it.both(fields=[(b"x-other", b"o")])
+    assert again == anew != before
+
+
+def test_a_route_that_is_gone_is_not_remembered(proven) -> None:
+    proven.add(str(TARGET))
+    it = Replanner(proven, "strict", host="localhost")
+    it.both()
+    it.routes = Routes([route(host="other.test")], "strict", it.routes)
+    with pytest.raises(NoRoute):
+        it.both()

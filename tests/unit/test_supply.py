@@ -13,7 +13,7 @@ import pytest
 import trio
 
 from sidecar import servers, supply
-from sidecar.config import Config, Policy, PolicyKey, Remote, Shadow, Timeouts
+from sidecar.config import Config, OpaChild, Policy, PolicyKey, Remote, Shadow, Timeouts
 from sidecar.decision import install
 from sidecar.errors import MaybeSent, NoDecision, OperatorFault
 from sidecar.model import Address, Allow, Decided, PolicyBundle
@@ -43,6 +43,8 @@ class House:
         self.file = directory / "bundle.tar.gz"
         self.events = Events()
         self.engines: list[FakeEngine] = []
+        self.settings: list[dict[str, Any]] = []
+        """What each was made with."""
         self.refused: set[int] = set()
         self.servers: dict[str, Asked] = {}
         """By the path that is asked, without its query."""
@@ -58,6 +60,7 @@ class House:
     def made(self, _network: Any, **settings: Any) -> FakeEngine:
         engine = FakeEngine(self.refuses)
         engine.decision_timeout = settings["decision_timeout"]
+        self.settings.append(settings)
         self.engines.append(engine)
         return engine
 
@@ -111,6 +114,14 @@ async def test_without_an_opa_there_is_no_start(house: House) -> None:
     with pytest.raises(OperatorFault) as caught:
         house.supply()
     assert caught.value.code == "opa_missing"
+
+
+async def test_opa_has_the_time_and_the_memory_that_it_is_given(house: House) -> None:
+    opa = OpaChild(start_timeout=300.0, max_memory_bytes=4 << 30)
+    house.supply(replace(house.config(), opa=opa))
+    (settings,) = house.settings
+    assert settings["timing"].start_timeout == 300.0
+    assert settings["max_memory_bytes"] == 4 << 30
 
 
 async def test_without_a_key_file_there_is_no_start(house: House) -> None:

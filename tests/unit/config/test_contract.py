@@ -91,6 +91,11 @@ def test_a_whole_file_becomes_its_values() -> None:
     assert loaded.health == config.Health()
 
 
+def test_our_opa_may_be_given_more_time_and_memory() -> None:
+    loaded = load(SMALL + "opa: {start_timeout: 300, max_memory_bytes: 4294967296}\n", {}, BASE)
+    assert loaded.opa == config.OpaChild(start_timeout=300.0, max_memory_bytes=4 << 30)
+
+
 def test_what_is_absent_has_its_default() -> None:
     loaded = load(SMALL, {}, BASE)
     assert loaded.inbound[0].listen == Address(host="0.0.0.0", port=8443)
@@ -447,6 +452,10 @@ def test_mistakes_about_servers(changed: tuple[str, str], path: str, message: st
         ("{peer_uid: 5}", "opa.address", "is missing"),
         ("{address: 'unix:///s', peer_uid: nobody}", "opa.peer_uid", "must be a whole number"),
         ("{adress: 'unix:///s'}", "opa.adress", "did you mean address?"),
+        ("{start_timeot: 60}", "opa.start_timeot", "did you mean start_timeout?"),
+        ("{start_timeout: 0}", "opa.start_timeout", "more than 0"),
+        ("{max_memory_bytes: 1000}", "opa.max_memory_bytes", "between 67108864 and"),
+        ("{address: 'unix:///s', max_memory_bytes: 536870912}", "opa.max_memory_bytes", "is not a known key"),
         ("child", "opa", "must be a mapping"),
     ],
 )

@@ -80,6 +80,7 @@ def test_every_field_of_a_question_can_be_part_of_a_key() -> None:
 @example(one=[[], "a"], other=[["a"]])
 @example(one=[True], other=[1])
 @example(one={"a": None}, other={})
+@example(one={"a": 1}, other={"b": 1})
 @example(one={"a": 1, "b": 2}, other={"b": 2, "a": 1})
 def test_values_are_equal_where_their_json_is(one: object, other: object) -> None:
     assert (tagged(one) == tagged(other)) == (said(one) == said(other))
@@ -158,9 +159,16 @@ def test_two_entrypoints_that_read_the_same_have_different_keys(paths: list[Fiel
 
 ALLOW = Allow(
     decision_id="d-1", revision="r1", reason="may", rule="rbac/a", request_headers={"x-a": "1"},
-    response_headers={"x-b": "2"}, credential="forge",
+    request_headers_removed=frozenset({"x-c"}), response_headers={"x-b": "2"}, credential="forge",
 )  # fmt: skip
 DENY = Deny(decision_id="d-1", revision="r1", status=404, reason="no", rule="rbac/b", response_headers={"x-b": "2"})
+
+
+@pytest.mark.parametrize("decision", [ALLOW, DENY])
+def test_nothing_that_can_be_said_is_left_out_above(decision: Decision) -> None:
+    left_out = {one.name for one in fields(decision) if getattr(decision, one.name) == one.default}
+    left_out |= {one.name for one in fields(decision) if not getattr(decision, one.name)}
+    assert left_out <= {"cache_ttl", "lease", "repeats"}  # which end it, and say what it repeats
 
 
 @pytest.mark.parametrize("decision", [ALLOW, DENY])
@@ -231,8 +239,8 @@ def test_what_is_reckoned_grows_with_what_is_kept() -> None:
     sizes = []
     for key, decision in (
         (("a",), ALLOW), (("a" * 1000,), ALLOW), (("a", ("b" * 1000,)), ALLOW), (("a",), replace(ALLOW, reason="r" * 1000)),
-        (("a",), replace(ALLOW, request_headers={"x": "v" * 1000})), (("a",), replace(DENY, response_headers={"x": "v" * 1000})),
-        (("a",), replace(ALLOW, credential="c" * 1000)),
+        (("a",), replace(ALLOW, request_headers={"x": "v" * 1000})), (("a",), replace(DENY, response_headers={"x": "v" * 2000})),
+        (("a",), replace(ALLOW, credential="c" * 1000)), (("a",), replace(ALLOW, request_headers_removed=frozenset({"n" * 1000}))),
     ):  # fmt: skip
         kept = Cache(ROOM)
         kept.keep(key, decision, 0.0)

@@ -7,15 +7,16 @@ import time
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 
 from sidecar.decision.lent import Lent
 from sidecar.errors import NoDecision
-from sidecar.model import Lending, PolicyBundle
+from sidecar.model import Lending, PolicyBundle, SharingUse
 from sidecar.wire.network import TcpNetwork
-from support.fake_opa import REVISION, fake_opa, hangs, late, result
+from support.fake_opa import REVISION, FakeOpa, Manner, fake_opa, hangs, late, result
 from support.questions import asking
 
 BUNDLE = PolicyBundle(archive=b"", revision=REVISION, serial=1, created=0.0, digest="", keys={}, scope="s")
@@ -84,6 +85,8 @@ async def test_the_same_opa_lent_again_is_the_same_and_what_is_kept_stays(tmp_pa
         assert lent.lend(lending(tmp_path / "a.sock", bundle=replace(BUNDLE), stale_at=time.time() + 60)) is None
         assert lent.in_force is BUNDLE
         assert not lent.stale()
+        lent.lend(lending(tmp_path / "a.sock", stale_at=time.time() - 1))
+        assert lent.stale()
 
 
 @pytest.mark.parametrize(("ends", "stale"), [(-1.0, True), (60.0, False), (None, False)])
@@ -118,3 +121,69 @@ async def test_a_question_has_the_time_that_is_configured_now(tmp_path):
         with pytest.raises(NoDecision) as refused, trio.fail_after(4):
             await lent.decide(asking())
         assert refused.value.code == "decision_timeout"
+
+
+# ── questions that go together ────────────────────────────────────────────────────────────────────────────────────
+
+SHARED = replace(BUNDLE, batch=frozenset({"sidecar/inbound/decision"}))
+
+
+def echoing(asked: dict[str, Any]) -> Manner:
+    """An allowance with the path as its reason, asked alone or with others."""
+    if "questions" not in asked:
+        return late(0.05, result({"allow": True, "reason": asked["path"]}))
+    allowed = [{"allow": True, "reason": one["path"]} for one in asked["questions"]]
+    return late(0.05, result({str(place): one for place, one in enumerate(allowed)}))
+
+
+async def at_once(lent: Lent, count: int) -> list[str | None]:
+    said: dict[int, str | None] = {}
+
+    async def ask(number: int) -> None:
+        said[number] = (await lent.decide(asking(f"/{number}"))).reason
+
+    async with trio.open_nursery() as nursery:
+        for number in range(count):
+            nursery.start_soon(ask, number)
+    return [said[number] for number in range(count)]
+
+
+async def until_warm(lent: Lent, fake: FakeOpa) -> None:
+    with trio.fail_after(10):
+        while not any("/batch/" in path for path in fake.paths):
+            await trio.sleep(0.01)
+    await trio.sleep(0.2)  # and the same question alone, to compare
+
+
+@pytest.mark.parametrize(
+    ("bundle", "settings", "shared"),
+    [(SHARED, {}, True), (BUNDLE, {}, False), (SHARED, {"max_together": 1}, False), (None, {}, False)],
+    ids=["shared", "no rule for it", "turned off", "somebody else's"],
+)
+async def test_what_waits_for_it_goes_there_together_where_its_bundle_has_the_rule(tmp_path, bundle, settings, shared):
+    async with fake_opa(tmp_path / "a.sock") as opa, running(**settings) as lent:
+        opa.says = echoing
+        lent.lend(lending(tmp_path / "a.sock", bundle=bundle))
+        if shared:
+            await until_warm(lent, opa)
+        assert lent.sharing_use == SharingUse(), "to warm it up is no question of anybody"
+        assert await at_once(lent, 20) == [f"/{number}" for number in range(20)]
+        assert (lent.sharing_use.questions >= 12) is shared
+        assert lent.sharing_use.questions == 0 or lent.sharing_use.answered >= 1
+
+
+async def test_what_was_counted_of_one_stays_when_another_is_lent(tmp_path):
+    async with fake_opa(tmp_path / "a.sock") as one, fake_opa(tmp_path / "b.sock") as other, running() as lent:
+        one.says = other.says = echoing
+        lent.lend(lending(tmp_path / "a.sock", bundle=SHARED))
+        await until_warm(lent, one)
+        await at_once(lent, 20)
+        so_far = lent.sharing_use.questions
+        assert so_far > 0
+        before = lent.lend(lending(tmp_path / "b.sock", bundle=SHARED))
+        assert before is not None
+        await before.aclose()
+        assert lent.sharing_use.questions == so_far
+        await until_warm(lent, other)
+        await at_once(lent, 20)
+        assert lent.sharing_use.questions > so_far

@@ -325,6 +325,26 @@ async def test_nobody_joins_what_is_given_up(autojump_clock: trio.testing.MockCl
     assert (point.use.misses, point.use.shared, point.use.hits) == (2, 0, 1)
 
 
+async def test_what_is_given_up_takes_nothing_of_whoever_asks_next_with_it(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    opa, gone, one, other = Opa(), Asked(), Asked(), Asked()
+
+    async def ask_later() -> None:
+        await trio.testing.wait_all_tasks_blocked()
+        await other.ask(point, asking("/a"))
+
+    async with remembering(opa) as point, trio.open_nursery() as nursery:
+        nursery.start_soon(gone.ask, point, asking("/a"))
+        await trio.testing.wait_all_tasks_blocked()
+        assert gone.scope is not None
+        nursery.start_soon(ask_later)
+        gone.scope.cancel()
+        await one.ask(point, asking("/a"))  # at once, before whoever carried the first one hears of it
+    assert sorted(repeats or "" for _, repeats in ids(one, other)) == ["", "asked-2"]
+    assert (len(opa.asked), point.use.shared) == (2, 1)
+
+
 async def test_nobody_is_given_work_who_is_about_to_end(autojump_clock: trio.testing.MockClock) -> None:
     opa, late = Opa(), Asked()
     async with remembering(opa) as point:
@@ -442,6 +462,16 @@ async def test_another_bundle_takes_everything_with_it_even_under_the_same_revis
     assert len(opa.asked) == 2
 
 
+async def test_what_had_to_make_room_is_counted_over_all_bundles(autojump_clock: trio.testing.MockClock) -> None:
+    opa = Opa()
+    async with remembering(opa, Bounds(max_entries=1, max_bytes=1 << 20)) as point:
+        for turn in (1, 2):
+            await point.decide(asking("/a"))
+            await point.decide(asking("/b"))
+            assert point.use.evicted == turn
+            opa.in_force = bundle("r2")
+
+
 async def test_while_a_bundle_is_on_its_way_everything_is_asked_and_a_refused_one_changes_nothing(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
@@ -503,6 +533,7 @@ async def test_the_room_can_be_changed_and_taken_away(autojump_clock: trio.testi
         assert (point.use.entries, point.use.bytes) == (0, 0)
         assert (await point.decide(asking("/4"))).repeats is None
         assert (await point.decide(asking("/4"))).repeats is None
+        assert point.use.bypassed == 2
         point.resize(ROOM)
         assert (await point.decide(asking("/4"))).repeats is None
         assert (await point.decide(asking("/4"))).repeats is not None

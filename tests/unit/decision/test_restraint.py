@@ -33,6 +33,13 @@ def test_patience_leaves_time_to_be_asked_alone(took: list[float], timeout: floa
     assert 0 < 2 * kept.patience(timeout) <= 0.6 * timeout
 
 
+def test_a_query_is_overdue_by_what_one_usually_takes() -> None:
+    kept = Restraint()
+    for _ in range(200):
+        kept.took(0.01)
+    assert [kept.overdue(seconds) for seconds in (0.01, 0.035, 0.045)] == [False, False, True]
+
+
 def test_a_machine_that_becomes_slow_is_given_more_time_soon() -> None:
     kept = Restraint()
     for _ in range(100):
@@ -53,7 +60,6 @@ def test_pauses_grow_where_it_goes_wrong_again_soon() -> None:
         lengths.append(kept.resume_at - now)
         now = kept.resume_at + 0.5
     assert lengths == [1, 2, 4, 8, 16, 32, 60, 60, 60]
-    assert kept.pauses == 9
     now = kept.resume_at + 61
     assert kept.pause(now)
     assert kept.resume_at - now == 1
@@ -92,6 +98,18 @@ def test_keeping_out_has_an_end() -> None:
     kept.keep_out(asking(), 5.0)
     kept.keep_out(asking(), 50.0)
     assert kept.forbids(asking(), 50.0 + restraint.KEPT_OUT - 0.1)
+
+
+def test_who_never_comes_back_is_forgotten_too() -> None:
+    kept = Restraint()
+    kept.keep_out(asking(caller="a"), 5.0)
+    kept.keep_out(asking(caller="b"), 10.0)
+    kept.keep_out(asking(caller="a"), 20.0)
+    end = restraint.KEPT_OUT
+    assert [kept.forbids(asking(caller=one), end + 15.0) for one in "abc"] == [True, False, False]
+    assert kept.any
+    assert not kept.forbids(asking(caller="c"), end + 20.0)
+    assert not kept.any
 
 
 def test_only_so_many_are_remembered_and_the_oldest_is_forgotten() -> None:

@@ -108,6 +108,16 @@ async def test_an_answer_of_the_candidate_before_is_not_counted_for_the_next(aut
         nursery.cancel_scope.cancel()
 
 
+async def test_what_could_not_be_told_of_is_counted_while_there_is_a_candidate() -> None:
+    shadow = Shadow(sample=1.0, max_queue=10)
+    shadow.lost(3)
+    assert shadow.differences is None
+    shadow.compare_with(Candidate(), revision="r2", serial=2)
+    shadow.lost(3)
+    shadow.lost(1)
+    assert shadow.differences == Differences(revision="r2", serial=2, dropped=4)
+
+
 async def test_a_sample_is_a_share(autojump_clock: Any) -> None:
     chances = iter([0.05, 0.5, 0.09, 0.1])
     shadow, candidate = Shadow(sample=0.1, max_queue=10, chance=lambda: next(chances)), Candidate()

@@ -105,10 +105,16 @@ class Asked:
     async def __call__(self, *questions: str | Inquiry) -> None:
         """Return when all have been asked, and are waiting."""
         for question in questions:
-            self._nursery.start_soon(self._ask, asking(question) if isinstance(question, str) else question)
+            self._nursery.start_soon(self.ask, asking(question) if isinstance(question, str) else question)
             await trio.testing.wait_all_tasks_blocked()
 
-    async def _ask(self, inquiry: Inquiry) -> None:
+    async def at_once(self, *paths: str) -> None:
+        """The same, and all in one turn of the event loop."""
+        for path in paths:
+            self._nursery.start_soon(self.ask, asking(path))
+        await trio.testing.wait_all_tasks_blocked()
+
+    async def ask(self, inquiry: Inquiry) -> None:
         began = trio.current_time()
         with trio.CancelScope() as scope:
             self.scopes[inquiry.path] = scope
@@ -147,7 +153,7 @@ async def test_what_comes_meanwhile_goes_together(
     ids = {said.decision_id for said in asked.said.values() if not isinstance(said, str)}
     assert len(ids) == 6
     assert {said.revision for said in asked.said.values() if not isinstance(said, str)} == {fakes.REVISION}
-    assert (sharing.queries, sharing.together, sharing.spoilt, sharing.pauses) == (1, 5, 0, 0)
+    assert (sharing.tally.queries, sharing.tally.together, sharing.tally.failed, sharing.tally.pauses) == (1, 5, 0, 0)
 
 
 async def test_one_that_waits_by_itself_goes_by_itself(
@@ -191,7 +197,78 @@ async def test_one_that_hangs_holds_up_nobody_while_others_are_answered(
             await asked("/hangs", *[f"/{number}" for number in range(20)])
         assert asked.said["/hangs"] == "decision_timeout"
         assert max(after for path, after in asked.after.items() if path != "/hangs") < 0.01
-        assert sharing.pauses == 0
+        assert sharing.tally.pauses == 0
+        sharing.close()
+
+
+async def crowd(sharing: Sharing, policy: Policy) -> None:
+    """Have many wait."""
+    async with trio.open_nursery() as nursery:
+        await Asked(sharing, nursery)(*[f"/crowd/{number}" for number in range(12)])
+    policy.forget()
+
+
+async def test_where_it_is_crowded_what_comes_in_one_turn_of_the_event_loop_goes_together(
+    fake: FakeOpa, policy: Policy, autojump_clock: MockClock
+) -> None:
+    """None goes ahead alone, as the first ones do where it is calm."""
+    paths = [f"/{number}" for number in range(6)]
+    async with trio.open_nursery() as nursery:
+        sharing = Sharing(Opa(TcpNetwork(), fake.path, bundle="sidecar"), nursery, ALL)
+        await sharing.warm_up()
+        for crowded in (False, True):
+            policy.forget()
+            if crowded:
+                await crowd(sharing, policy)
+            async with trio.open_nursery() as askers:
+                asked = Asked(sharing, askers)
+                await asked.at_once(*paths)
+            assert [len(group) for group in policy.groups] == ([6] if crowded else [])
+            assert len(policy.singles) == (0 if crowded else 6)
+            assert asked.own(*paths)
+        sharing.close()
+
+
+async def test_one_that_hangs_where_it_is_crowded_holds_up_nobody(
+    fake: FakeOpa, policy: Policy, autojump_clock: MockClock
+) -> None:
+    policy.alone["/hangs"] = fakes.hangs()
+    async with trio.open_nursery() as nursery:
+        sharing = Sharing(Opa(TcpNetwork(), fake.path, bundle="sidecar"), nursery, ALL)
+        await sharing.warm_up()
+        await crowd(sharing, policy)
+        async with trio.open_nursery() as askers:
+            asked = Asked(sharing, askers)
+            await asked("/hangs")
+            for turn in range(5):
+                await asked.at_once(*[f"/{turn}/{number}" for number in range(6)])
+        assert sum(len(group) for group in policy.groups) == 30
+        assert asked.said["/hangs"] == "decision_timeout"
+        assert max(after for path, after in asked.after.items() if path != "/hangs") < 0.01
+        assert sharing.tally.pauses == 0
+        sharing.close()
+
+
+async def test_who_has_been_asked_to_gather_is_stopped_with_the_rest(
+    fake: FakeOpa, policy: Policy, autojump_clock: MockClock
+) -> None:
+    """A pause that comes between a question and the end of its turn lets it go alone."""
+    async with trio.open_nursery() as nursery:
+        sharing = Sharing(Opa(TcpNetwork(), fake.path, bundle="sidecar"), nursery, ALL)
+        await sharing.warm_up()
+        await crowd(sharing, policy)
+        async with trio.open_nursery() as askers:
+            asked = Asked(sharing, askers)
+            for path in ("/a", "/b", "/c"):
+                askers.start_soon(asked.ask, asking(path))
+            await trio.lowlevel.checkpoint()
+            sharing._stop_for_a_while(trio.current_time())
+        assert asked.own("/a", "/b", "/c")
+        assert (policy.groups, len(policy.singles)) == ([], 3)
+        await trio.sleep(2.0)
+        async with trio.open_nursery() as askers:
+            await Asked(sharing, askers).at_once("/a", "/b", "/c")
+        assert [len(group) for group in policy.groups] == [3]
         sharing.close()
 
 
@@ -289,7 +366,7 @@ async def test_an_answer_of_the_wrong_kind_is_that_of_one(
         await asked("/a", "/b", "/bad", "/c")
     assert asked.said["/bad"] == code
     assert asked.own("/a", "/b", "/c")
-    assert (policy.singles, sharing.pauses) == (["/a"], 0)
+    assert (policy.singles, sharing.tally.pauses) == (["/a"], 0)
 
 
 @pytest.mark.parametrize(
@@ -317,7 +394,7 @@ async def test_a_query_that_fails_says_nothing_about_any(
         await asked("/a", "/b", "/c")
     assert sorted(policy.singles) == ["/a", "/b", "/c"]
     assert asked.own("/a", "/b", "/c")
-    assert (sharing.spoilt, sharing.pauses) == (1, 1)
+    assert (sharing.tally.failed, sharing.tally.pauses) == (1, 1)
 
 
 # ── whoever spoils it ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -344,7 +421,7 @@ async def test_who_spoils_a_query_is_kept_out_and_the_others_share_again(
         asked = Asked(sharing, nursery)
         await asked("/a", "/b", asking("/other", caller="spiffe://a.test/bad"), bad, "/c")
     assert policy.groups == [["/b", "/c"]]
-    assert (sharing.spoilt, sharing.pauses) == (1, 1)
+    assert (sharing.tally.failed, sharing.tally.pauses) == (1, 1)
     assert asked.own("/a", "/b", "/c", "/other")
 
 
@@ -356,7 +433,7 @@ async def test_who_would_spoil_one_is_known_before(sharing: Sharing, policy: Pol
         asked = Asked(sharing, nursery)
         await asked(*[asking(f"/{one}", caller=f"spiffe://a.test/{one}") for one in "abc"], "/conflict")
     assert policy.groups == [["/b", "/c"]]
-    assert sharing.spoilt == 0
+    assert sharing.tally.failed == 0
 
 
 async def test_of_our_own_agent_it_is_the_host_that_is_kept_out(
@@ -395,7 +472,7 @@ async def test_a_slow_question_keeps_nobody_beyond_their_patience(
         await asked(asking("/slow", caller="spiffe://a.test/slow"), "/a", "/b", "/c")
     assert asked.after["/c"] < 0.01
     assert policy.groups == [["/b", "/c"]]
-    assert sharing.pauses == 1
+    assert sharing.tally.pauses == 1
 
 
 async def test_a_slow_question_among_others_delays_them_by_a_bounded_time(
@@ -433,6 +510,32 @@ async def test_each_has_its_own_deadline_whatever_it_shares(
     assert [long.after[path] for path in ("/d", "/e")] == pytest.approx([2.0, 2.0], abs=0.001)
 
 
+async def test_one_that_goes_in_its_turn_has_what_is_left_of_its_time(
+    sharing: Sharing, policy: Policy, autojump_clock: MockClock
+) -> None:
+    policy.alone = {"/a": fakes.late(0.08, fakes.result(True)), "/b": fakes.hangs()}
+    async with trio.open_nursery() as nursery:
+        asked = Asked(sharing, nursery)
+        await asked("/a", "/b")
+    assert policy.singles == ["/a", "/b"]
+    assert asked.said["/b"] == "decision_timeout"
+    assert asked.after["/b"] == pytest.approx(1.0, abs=0.001)
+
+
+async def test_a_query_has_no_more_time_than_the_one_in_it_with_the_least(
+    sharing: Sharing, policy: Policy, autojump_clock: MockClock
+) -> None:
+    policy.in_a_batch["/b"] = fakes.hangs()
+    async with trio.open_nursery() as nursery:
+        short, long = Asked(sharing, nursery, 0.1), Asked(sharing, nursery, 2.0)
+        await long("/a", "/b")
+        await short("/c")
+        await long("/d")
+    assert policy.groups == [["/b", "/c", "/d"]]
+    assert short.own("/c")
+    assert long.own("/a", "/b", "/d")
+
+
 async def test_an_opa_that_stands_still_makes_nobody_guilty(
     sharing: Sharing, policy: Policy, autojump_clock: MockClock
 ) -> None:
@@ -459,7 +562,7 @@ async def test_a_policy_that_is_slow_throughout_is_not_shared(
             await asked("/a", "/b", "/c")
         assert policy.groups == ([["/b", "/c"]] if turn < 32 else [])
         assert asked.own("/a", "/b", "/c")
-    assert (sharing.pauses, sharing.spoilt) == (1, 0)
+    assert (sharing.tally.pauses, sharing.tally.failed) == (1, 0)
 
 
 # ── cancellation ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -475,6 +578,18 @@ async def test_one_that_leaves_while_it_waits_is_not_asked(
     assert policy.groups == [["/b", "/c"]]
     assert "/gone" not in asked.said
     assert asked.own("/a", "/b", "/c")
+
+
+async def test_one_that_is_left_behind_by_all_others_goes_by_itself(
+    sharing: Sharing, fake: FakeOpa, policy: Policy, autojump_clock: MockClock
+) -> None:
+    async with trio.open_nursery() as nursery:
+        asked = Asked(sharing, nursery)
+        await asked("/a", "/gone", "/b", "/also-gone")
+        for path in ("/gone", "/also-gone"):
+            asked.scopes[path].cancel()
+    assert fake.paths == [ALONE, ALONE]
+    assert asked.own("/a", "/b")
 
 
 async def test_one_that_leaves_while_it_is_asked_harms_nobody(
@@ -524,6 +639,256 @@ async def test_one_that_is_told_to_go_and_leaves_at_that_moment_passes_it_on(
     async with trio.open_nursery() as nursery:
         asked = Asked(sharing, nursery)
         await asked("/a", "/b", "/c")
+    assert asked.own("/a", "/b", "/c")
+
+
+# ── whoever leaves in time ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def of(name: str, path: str | None = None) -> Inquiry:
+    """A question of a caller of its own."""
+    return asking(path or f"/{name}", caller=f"spiffe://a.test/{name}")
+
+
+async def groups_of(sharing: Sharing, policy: Policy, *inquiries: Inquiry) -> list[list[str]]:
+    """Who goes with whom when these are asked at once, behind another one."""
+    policy.forget()
+    policy.in_a_batch.clear()
+    policy.alone.clear()
+    async with trio.open_nursery() as nursery:
+        asked = Asked(sharing, nursery)
+        await asked(of("first"), *inquiries)
+    assert asked.own("/first", *[inquiry.path for inquiry in inquiries])
+    return policy.groups
+
+
+async def test_a_query_that_nobody_waits_for_any_more_is_given_up_at_once(
+    sharing: Sharing, policy: Policy, autojump_clock: MockClock
+) -> None:
+    policy.in_a_batch["/gone/1"] = fakes.hangs()
+    gone = ["/gone/1", "/gone/2", "/gone/3"]
+    async with trio.open_nursery() as nursery:
+        asked = Asked(sharing, nursery)
+        await asked("/a", *gone)
+        await trio.sleep(0.005)
+        assert policy.groups == [gone]
+        await asked("/b", "/c", "/d")
+        began = trio.current_time()
+        for path in gone:
+            asked.scopes[path].cancel()
+    assert asked.own("/a", "/b", "/c", "/d")
+    assert trio.current_time() - began < 0.01
+    assert policy.groups == [gone, ["/b", "/c", "/d"]]
+    use = sharing.tally.use
+    assert (use.answered, use.failed, use.abandoned, use.pauses, use.kept_out) == (1, 0, 1, 0, 0)
+    assert await groups_of(sharing, policy, of("b"), of("c")) == [["/b", "/c"]]
+
+
+@pytest.mark.parametrize("leave", [["/gone/1"], ["/gone/1", "/gone/2", "/gone/3"]])
+async def test_who_leaves_between_being_chosen_and_being_asked_is_not_asked(
+    sharing: Sharing, policy: Policy, leave: list[str], autojump_clock: MockClock
+) -> None:
+    gone = ["/gone/1", "/gone/2", "/gone/3"]
+    async with trio.open_nursery() as nursery:
+        asked = Asked(sharing, nursery)
+        await asked("/a", *gone)
+        chosen = sharing._next
+
+        def next_one() -> bool:
+            said = chosen()
+            for path in leave if said else ():
+                asked.scopes[path].cancel()
+            return said
+
+        sharing._next = next_one  # type: ignore[method-assign]
+    assert policy.groups == ([[path for path in gone if path not in leave]] if len(leave) < 3 else [])
+    assert asked.own("/a", *[path for path in gone if path not in leave])
+    assert sharing.tally.failed == 0
+    assert await groups_of(sharing, policy, of("b"), of("c")) == [["/b", "/c"]]
+
+
+async def test_it_goes_on_as_long_as_one_waits(sharing: Sharing, policy: Policy, autojump_clock: MockClock) -> None:
+    policy.takes = 0.01
+    async with trio.open_nursery() as nursery:
+        asked = Asked(sharing, nursery)
+        await asked("/a", "/b", "/gone/1", "/gone/2")
+        await trio.sleep(0.015)
+        for path in ("/gone/1", "/gone/2"):
+            asked.scopes[path].cancel()
+    assert asked.own("/a", "/b")
+    assert (policy.singles, sharing.tally.abandoned, sharing.tally.failed) == (["/a"], 0, 0)
+
+
+async def test_who_runs_away_from_a_query_that_takes_too_long_is_kept_out(
+    sharing: Sharing, policy: Policy, autojump_clock: MockClock
+) -> None:
+    policy.in_a_batch["/gone/1"] = fakes.hangs()
+    async with trio.open_nursery() as nursery:
+        asked = Asked(sharing, nursery)
+        await asked("/a", of("x", "/gone/1"), of("x", "/gone/2"))
+        await trio.sleep(0.09)
+        for path in ("/gone/1", "/gone/2"):
+            asked.scopes[path].cancel()
+    assert sharing.tally.abandoned == 1
+    assert await groups_of(sharing, policy, of("b"), of("x"), of("c")) == [["/b", "/c"]]
+
+
+@pytest.mark.parametrize("how", [fakes.hangs(), fakes.late(0.01, fakes.fails())], ids=["slow", "failing"])
+async def test_who_leaves_a_query_before_it_fails_is_kept_out(
+    sharing: Sharing, policy: Policy, how: Manner, autojump_clock: MockClock
+) -> None:
+    policy.in_a_batch["/bad"] = how
+    async with trio.open_nursery() as nursery:
+        asked = Asked(sharing, nursery)
+        await asked("/a", of("b"), of("bad"), of("c"))
+        await trio.sleep(0.005)
+        asked.scopes["/bad"].cancel()
+    assert asked.own("/a", "/b", "/c")
+    assert (sharing.tally.failed, sharing.tally.pauses, sharing.tally.kept_out) == (1, 1, 1)
+    await trio.sleep(1.1)
+    assert await groups_of(sharing, policy, of("b"), of("bad"), of("c")) == [["/b", "/c"]]
+
+
+async def test_who_was_in_it_and_leaves_while_only_the_others_have_answers_is_kept_out(
+    sharing: Sharing, policy: Policy, autojump_clock: MockClock
+) -> None:
+    policy.in_a_batch["/slow"] = policy.alone["/slow"] = fakes.hangs()
+    async with trio.open_nursery() as nursery:
+        asked = Asked(sharing, nursery)
+        await asked("/a", of("b"), of("slow"), of("c"))
+        while "/b" not in asked.said or "/c" not in asked.said:
+            await trio.sleep(0.001)
+        asked.scopes["/slow"].cancel()
+    await trio.sleep(1.1)
+    assert await groups_of(sharing, policy, of("b"), of("slow"), of("c")) == [["/b", "/c"]]
+
+
+async def test_so_is_who_was_asked_alone_and_held_up_all(
+    sharing: Sharing, policy: Policy, autojump_clock: MockClock
+) -> None:
+    policy.alone["/slow"] = fakes.hangs()
+    async with trio.open_nursery() as nursery:
+        asked = Asked(sharing, nursery)
+        await asked(of("slow"), "/a", "/b")
+        while "/a" not in asked.said:
+            await trio.sleep(0.001)
+        asked.scopes["/slow"].cancel()
+    await trio.sleep(1.1)
+    assert await groups_of(sharing, policy, of("b"), of("slow"), of("c")) == [["/b", "/c"]]
+
+
+async def test_who_leaves_while_nobody_has_an_answer_is_not_to_blame(
+    sharing: Sharing, policy: Policy, autojump_clock: MockClock
+) -> None:
+    policy.in_a_batch["/b"] = fakes.hangs()
+    policy.alone = {path: fakes.hangs() for path in ("/b", "/c", "/d")}
+    async with trio.open_nursery() as nursery:
+        asked = Asked(sharing, nursery)
+        await asked("/a", of("b"), of("c"), of("d"))
+        await trio.sleep(0.3)
+        assert len(policy.singles) == 4
+        for name in "bcd":
+            asked.scopes[f"/{name}"].cancel()
+    assert sharing.tally.kept_out == 0
+
+
+async def test_who_is_asked_alone_for_nobodys_fault_and_leaves_is_not_to_blame(
+    sharing: Sharing, policy: Policy, autojump_clock: MockClock
+) -> None:
+    """It waited when the pause began, in no query that went wrong."""
+    policy.in_a_batch["/bad"] = fakes.hangs()
+    policy.alone["/waits"] = fakes.late(0.05, fakes.result(True))
+    async with trio.open_nursery() as nursery:
+        asked = Asked(sharing, nursery)
+        await asked("/a", of("b"), of("bad"))
+        await trio.sleep(0.01)
+        await asked(of("waits"))
+        while "/b" not in asked.said:
+            await trio.sleep(0.001)
+        asked.scopes["/waits"].cancel()
+    assert sharing.tally.kept_out == 0
+
+
+async def test_who_loses_patience_is_not_to_blame_for_what_went_wrong_long_ago(
+    fake: FakeOpa, policy: Policy, autojump_clock: MockClock
+) -> None:
+    async with trio.open_nursery() as nursery:
+        sharing = Sharing(
+            Opa(TcpNetwork(), fake.path, bundle="sidecar"), nursery, ALL, enough=1, few=1, max_together=2
+        )  # fmt: skip
+        await sharing.warm_up()
+        policy.in_a_batch["/bad"] = policy.alone["/bad"] = fakes.fails()
+        async with trio.open_nursery() as askers:
+            asked = Asked(sharing, askers)
+            await asked("/a", of("b"), of("bad"), of("c"))
+        assert asked.own("/b", "/c")
+        assert sharing.tally.kept_out == 1
+        await trio.sleep(1.1)
+        policy.takes = 0.05
+        async with trio.open_nursery() as askers:
+            asked = Asked(sharing, askers)
+            await asked("/a", *[of(str(number)) for number in range(40)])
+        assert asked.own(*asked.said)
+        assert "/39" in policy.singles  # it has waited for long enough
+        assert sharing.tally.kept_out == 1
+        sharing.close()
+
+
+async def test_who_goes_on_failing_stays_out(sharing: Sharing, policy: Policy, autojump_clock: MockClock) -> None:
+    policy.in_a_batch["/bad"] = policy.alone["/bad"] = fakes.fails()
+    for _ in range(2):  # each time within the minute, and in all for longer than that
+        with pytest.raises(NoDecision):
+            await sharing.decide(of("bad"), 1.0)
+        await trio.sleep(40)
+    async with trio.open_nursery() as nursery:
+        await Asked(sharing, nursery)("/a", of("b"), of("bad"), of("c"))
+    assert policy.groups == [["/b", "/c"]]
+    assert sharing.tally.failed == 0
+
+
+async def test_a_query_that_all_have_been_sent_away_from_is_given_up(
+    sharing: Sharing, policy: Policy, autojump_clock: MockClock
+) -> None:
+    """OPA would go on evaluating it, beside the questions that are asked once more."""
+    policy.in_a_batch["/slow"] = fakes.hangs()
+    async with trio.open_nursery() as nursery:
+        asked = Asked(sharing, nursery)
+        await asked("/a", of("b"), of("slow"))
+        await trio.sleep(0.005)
+        assert policy.groups == [["/b", "/slow"]]
+        sharing._stop_for_a_while(trio.current_time())
+        await trio.testing.wait_all_tasks_blocked()
+        assert sharing._query is None
+        await trio.sleep(0.01)
+        assert asked.own("/b", "/slow")
+    assert (sharing.tally.failed, sharing.tally.pauses) == (1, 1)
+
+
+async def test_a_defect_of_ours_harms_nobody(
+    sharing: Sharing, policy: Policy, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def together(*_: object) -> list[Decision | NoDecision]:
+        await trio.sleep(0.001)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(sharing.opa, "decide_together", together)
+    async with trio.open_nursery() as nursery:
+        asked = Asked(sharing, nursery)
+        await asked("/a", "/b", "/c", "/d")
+    assert asked.own("/a", "/b", "/c", "/d")
+    assert (sharing.tally.failed, sharing.tally.pauses) == (1, 1)
+
+
+async def test_of_those_who_came_and_left_no_question_is_kept(
+    sharing: Sharing, policy: Policy, autojump_clock: MockClock
+) -> None:
+    policy.takes = 0.05
+    async with trio.open_nursery() as nursery:
+        asked = Asked(sharing, nursery)
+        await asked("/a", "/b", "/gone", "/c")
+        asked.scopes["/gone"].cancel()
+        await trio.testing.wait_all_tasks_blocked()
+        assert [bool(one.body) for one in sharing._queues["inbound"]] == [True, False, True]
     assert asked.own("/a", "/b", "/c")
 
 
@@ -661,4 +1026,4 @@ async def test_restless_callers_never_lose_or_mix_an_answer(
         for number in range(50):
             nursery.start_soon(ask, number)
     assert answered > 1200
-    assert sharing.together > 500
+    assert sharing.tally.together > 500

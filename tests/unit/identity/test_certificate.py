@@ -150,11 +150,14 @@ def _extension(identifier: str, value: str) -> bytes:
     return der(0x30, bytes.fromhex(identifier) + der(0x04, bytes.fromhex(value)))
 
 
-def _with(*extensions: bytes) -> bytes:
+V3, END = bytes.fromhex("a003020102"), der(0x17, b"350101000000Z")
+
+
+def _with(*extensions: bytes, version: bytes = V3, end: bytes = END) -> bytes:
     """A certificate with these extensions, under a signature that nobody verifies."""
     name, algorithm = der(0x30, b""), der(0x30, bytes.fromhex("06082a8648ce3d040302"))
-    dates = der(0x30, der(0x17, b"250101000000Z") + der(0x17, b"350101000000Z"))
-    body = b"\xa0\x03\x02\x01\x02" + b"\x02\x01\x07" + algorithm + name + dates + name + der(0x30, b"")
+    dates = der(0x30, der(0x17, b"250101000000Z") + end)
+    body = version + b"\x02\x01\x07" + algorithm + name + dates + name + der(0x30, b"")
     body += der(0xA3, der(0x30, b"".join(extensions)))
     return der(0x30, der(0x30, body) + algorithm + der(0x03, b"\0"))
 
@@ -196,3 +199,39 @@ def test_what_is_made_by_hand_is_read() -> None:
 def test_another_spelling_of_an_extension_is_refused(extension: bytes) -> None:
     with pytest.raises(ExtensionMalformed):
         certificate.read(_with(extension))
+
+
+@pytest.mark.parametrize(
+    "version", ["", "a003020100", "a003020101", "a003020103", "a00402020002", "a003020102a003020102"]
+)
+def test_only_the_third_version_has_extensions(version: str) -> None:
+    with pytest.raises(Malformed):
+        certificate.read(_with(_extension(KEY_USAGE, "03020780"), version=bytes.fromhex(version)))
+
+
+@pytest.mark.parametrize(
+    ("tag", "text"),
+    [
+        (0x17, b"350101000000"), (0x17, b"350101000000+"), (0x17, b"350101000000+0000"), (0x17, b"3501010000Z"), (0x17, b"20350101000000Z"),
+        (0x17, b"351301000000Z"), (0x17, b"350230000000Z"), (0x17, b"350101240000Z"), (0x17, b"350101000060Z"), (0x17, b" 50101000000Z"),
+        (0x17, b""), (0x18, b"20350101000000"), (0x18, b"20350101000000.5Z"), (0x18, b"00000101000000Z"), (0x18, b"350101000000Z"),
+        (0x04, b"350101000000Z"), (0x37, b"350101000000Z"),
+    ],
+)  # fmt: skip
+def test_another_spelling_of_a_date_is_refused(tag: int, text: bytes) -> None:
+    with pytest.raises(Malformed):
+        certificate.read(_with(_extension(KEY_USAGE, "03020780"), end=der(tag, text)))
+
+
+@pytest.mark.parametrize(
+    ("tag", "text", "year"),
+    [
+        (0x17, b"491231235959Z", 2049),
+        (0x17, b"500101000000Z", 1950),
+        (0x18, b"20500101000000Z", 2050),
+        (0x17, b"000101000000Z", 2000),
+    ],
+)
+def test_the_century_of_a_short_year_is_told_by_fifty(tag: int, text: bytes, year: int) -> None:
+    found = certificate.read(_with(_extension(KEY_USAGE, "03020780"), end=der(tag, text)))
+    assert datetime.fromtimestamp(found.not_after, UTC).year == year

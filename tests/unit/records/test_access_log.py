@@ -1,6 +1,7 @@
 import json
 import re
-from dataclasses import fields
+import tracemalloc
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.model import Anonymous, ConnectionEnded, Exchange, LocalProcess, SpiffeId, Workload
+from sidecar.model import Address, Anonymous, ConnectionEnded, Exchange, LocalProcess, SpiffeId, Workload
 from sidecar.records import access_log
 from support.records import CALLER, connection_ended, exchange
 
@@ -151,3 +152,63 @@ def test_a_connection_that_simply_ended_is_not_worth_a_line(reason: str | None) 
 )
 def test_a_connection_that_ended_otherwise_is_worth_a_line(outcome: str, reason: str | None) -> None:
     assert access_log.worth_a_line(connection_ended(outcome=outcome, reason=reason))
+
+
+# ── what many lines have in common ────────────────────────────────────────────────────────────────────────────────
+
+OTHERS: dict[str, list[Any]] = {
+    "connection_id": ["c-1", "c-2"],
+    "direction": ["inbound", "outbound"],
+    "mtls_mode": ["strict", "permissive"],
+    "tls": [True, False],
+    "peer": [
+        CALLER,
+        replace(CALLER, id=SpiffeId(trust_domain="example.com", path="/ns/demo/sa/budget")),
+        LocalProcess(),
+    ],
+    "remote": [Address(host="192.0.2.7", port=1), Address(host="192.0.2.7", port=2), Address(host="192.0.2.8", port=1)],
+    "rule": ["rbac/a", None],
+    "reason": ["a", None, "long" * 1000, "long" * 1001],
+    "revision": ["7", "8", None],
+    "upstream": ["a:1", None],
+    "upstream_id": ["spiffe://a", None],
+    "upstream_tls": [True, False, None],
+}
+
+
+@given(st.lists(st.fixed_dictionaries({name: st.sampled_from(values) for name, values in OTHERS.items()}), max_size=12))
+def test_what_lines_have_in_common_is_only_what_they_do(told: list[dict[str, Any]]) -> None:
+    """Each line is the one that is written where nothing is remembered."""
+    remembered = [access_log.line(exchange(**one)) for one in told]
+    for one, line in zip(told, remembered, strict=True):
+        access_log._connections.clear()
+        access_log._decided.cache_clear()
+        access_log._sent.cache_clear()
+        assert line == access_log.line(exchange(**one))
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_lines_that_differ_in_one_thing_differ(name: str) -> None:
+    long = 2 if name == "reason" else 0  # of two that are too long the beginning is written
+    lines = {access_log.line(exchange(**{name: value})) for _ in range(2) for value in OTHERS[name]}
+    assert len(lines) == len(OTHERS[name]) - bool(long)
+
+
+def test_what_is_remembered_for_lines_is_bounded() -> None:
+    for number in range(access_log._MAX_CONNECTIONS + 100):
+        access_log.line(exchange(connection_id=f"c-{number}"))
+        assert len(access_log._connections) <= access_log._MAX_CONNECTIONS
+    assert access_log._decided.cache_info().maxsize is not None
+    assert access_log._sent.cache_info().maxsize is not None
+
+
+def test_of_a_long_reason_no_more_is_remembered_than_is_written() -> None:
+    """Policy may quote in it what a peer has sent."""
+    access_log._decided.cache_clear()
+    tracemalloc.start()
+    try:
+        for number in range(64):
+            access_log.line(exchange(rule=f"{number}" + "r" * 60_000, reason=f"{number}" + "s" * 60_000))
+        assert tracemalloc.get_traced_memory()[0] < 64 * 8 * access_log.MAX_TEXT
+    finally:
+        tracemalloc.stop()

@@ -8,6 +8,7 @@ from itertools import accumulate
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from sidecar.records import exposition
@@ -43,6 +44,35 @@ def test_buckets_add_up_and_end_at_infinity(counts: list[int], total: float) -> 
         ("h_count", {"stage": "all"}, reached[2]),
         ("h_sum", {"stage": "all"}, total),
     ]
+
+
+@given(
+    st.dictionaries(st.tuples(TEXT, TEXT), st.floats(0, 1e5), max_size=4), st.text('aé\\\n" ', max_size=12),
+    st.lists(st.integers(0, 5), min_size=3, max_size=3),
+)  # fmt: skip
+def test_to_the_byte_it_is_what_the_client_library_writes(
+    values: dict[tuple[str, ...], float], meaning: str, counts: list[int]
+) -> None:
+    registry = CollectorRegistry()
+    disable_created_metrics()
+    theirs = (
+        Counter("ours_total", f"x{meaning}", LABELS, registry=registry),
+        Gauge("now", "Now.", LABELS, registry=registry),
+    )
+    for key, value in values.items():
+        theirs[0].labels(*key).inc(value)
+        theirs[1].labels(*key).set(-value)
+    seconds = Histogram("h", "H.", buckets=(0.5, 10.0), registry=registry)
+    for count, value in zip(counts, (0.25, 2.0, 32.0), strict=True):
+        for _ in range(count):
+            seconds.observe(value)
+    total = counts[0] * 0.25 + counts[1] * 2.0 + counts[2] * 32.0
+    ours = exposition.text([
+        exposition.counter("ours", f"x{meaning}", LABELS, values),
+        exposition.gauge("now", "Now.", LABELS, {key: -value for key, value in values.items()}),
+        exposition.histogram("h", "H.", (), (0.5, 10.0), [((), counts, total)]),
+    ])  # fmt: skip
+    assert ours == generate_latest(registry)
 
 
 @given(TEXT)

@@ -1,5 +1,7 @@
+import json
 import re
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from sidecar.model import Anonymous, Deny, LocalProcess, Status
+from sidecar.model import Anonymous, Deny, LocalProcess, SharingUse, Status
+from sidecar.records.added import as_json, from_json
 from sidecar.records.codes import CODES
 from sidecar.records.decision_log import Account
 from sidecar.records.live_table import LiveTable
@@ -294,8 +297,39 @@ def test_what_became_of_decisions_that_are_kept_is_shown_and_nothing_where_none_
     assert not [family.name for family in families(counting()) if "decision_log" in family.name]
 
 
+def test_what_came_of_questions_that_went_together_is_shown_and_nothing_where_none_do() -> None:
+    use = SharingUse(questions=100, answered=20, failed=3, abandoned=4, pauses=5, kept_out=6)
+    metrics = counting(sharing=lambda: use)
+    queries = {
+        one: value(metrics, "sidecar_decision_sharing_queries_total", result=one)
+        for one in ("answered", "failed", "abandoned")
+    }
+    assert queries == {"answered": 20, "failed": 3, "abandoned": 4}
+    assert value(metrics, "sidecar_decision_sharing_questions_total") == 100
+    assert value(metrics, "sidecar_decision_sharing_pauses_total") == 5
+    assert value(metrics, "sidecar_decision_sharing_kept_out_total") == 6
+    assert not [family.name for family in families(counting()) if "sharing" in family.name]
+
+
+def test_what_went_together_in_several_processes_adds_up() -> None:
+    supervisor = counting(sharing=SharingUse)
+    workers = [
+        counting(sharing=partial(SharingUse, questions=10 * one, answered=one, failed=1, pauses=one)) for one in (1, 2)
+    ]
+    said = [from_json(json.loads(json.dumps(as_json(one.measured())))) for one in workers]
+    text = supervisor.exposition(status(), said)[1].decode()
+    for line in (
+        "sidecar_decision_sharing_questions_total 30",
+        'sidecar_decision_sharing_queries_total{result="answered"} 3',
+        'sidecar_decision_sharing_queries_total{result="failed"} 2',
+        "sidecar_decision_sharing_pauses_total 3",
+        "sidecar_decision_sharing_kept_out_total 0",
+    ):
+        assert f"\n{line}.0\n" in text
+
+
 def test_the_document_names_what_is_exposed() -> None:
-    metrics = counting(kept=Account)
+    metrics = counting(kept=Account, sharing=SharingUse)
     metrics.exchange(exchange(error="upstream_failed"))
     metrics.decided(decided(decision=None, error="decision_unavailable"))
     metrics.connection(connection_ended())

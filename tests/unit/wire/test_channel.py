@@ -70,6 +70,7 @@ async def test_what_may_be_lost_is_not_taken_where_too_much_waits():
         got = [await receiver.receive() for _ in range(sum(taken) + 1)]
         nursery.cancel_scope.cancel()
     assert got[-1] == (b"o", b"an order")
+    assert sender.offer(b"a", b"y" * 900), "there is room again"
     sender.close()
     receiver.close()
 

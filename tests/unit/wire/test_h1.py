@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 from hypothesis import given
@@ -345,3 +345,15 @@ async def test_a_body_is_ready_only_when_an_item_of_it_is():
     buffer += b"0\r\n\r\n"
     assert body.ready
     assert await body.receive() is None
+
+
+@pytest.mark.parametrize("status", [200, 204, 304])
+def test_a_head_that_comes_again_is_written_as_each_answer_has_it(status: int) -> None:
+    """The same head may end in another way: to a client of HTTP/1.0, to HEAD, on a connection that ends with it."""
+    fields = [(b"content-length", b"5"), (b"x-a", b"b")]
+    again, anew = ResponseHead(status=status, fields=fields, kept={}), ResponseHead(status=status, fields=fields)
+    manners = list(product((0, 1, 5, h1.CHUNKED, h1.UNTIL_CLOSE), (False, True), (False, True)))
+    for framing, bodiless, close in manners + manners[::-1]:
+        assert h1.encode_response(again, framing, bodiless=bodiless, close=close) == h1.encode_response(
+            anew, framing, bodiless=bodiless, close=close
+        )

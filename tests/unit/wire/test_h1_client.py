@@ -13,7 +13,8 @@ import trio
 from sidecar.errors import MaybeSent
 from sidecar.model import Aborted, RequestHead, Target, Trailers
 from sidecar.wire.answers import Whole
-from sidecar.wire.h1_client import H1Connection
+from sidecar.wire.h1_client import H1Connection, Known
+from sidecar.wire.recent import Recent
 from support.h2_frames import stream_pair
 
 HEAD = RequestHead(
@@ -316,3 +317,21 @@ async def test_the_same_head_to_another_method_means_something_else(autojump_clo
             assert await rest(ends.client) == body
             assert ends.client.reusable
             ends.client.renew()
+
+
+async def test_a_head_that_was_taken_within_other_limits_is_read_anew(autojump_clock):
+    """Connections to one upstream share what they remember, and a reload may have come between them."""
+    recent: Recent[Known] = Recent(4)
+    answer = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n" + b"X: y\r\n" * 9 + b"\r\n"
+    for limit in (20, 20, 20, 5):
+        ours, server = stream_pair()
+        client = H1Connection(ours, max_header_bytes=8192, max_header_fields=limit, opened_at=0.0, recent=recent)
+        await client.send(HEAD, (), Whole())
+        await server.send_all(answer)
+        if limit == 20:
+            assert (await client.receive()).status == 200
+        else:
+            with pytest.raises(MaybeSent):
+                await client.receive()
+        client.close()
+        server.close()

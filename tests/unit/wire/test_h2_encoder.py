@@ -84,4 +84,4 @@ def test_table_stays_small_whatever_the_peer_allows():
         fields = [(b"user-agent", b"agent %d" % number * 10)]
         assert decoded(decoder, encoder.encode(fields)) == fields
     assert encoder.header_table_size == 4096
-    assert len(encoder._entries) == len(encoder._entered) < 50
+    assert 0 < len(encoder._entered) < 50

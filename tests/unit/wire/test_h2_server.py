@@ -19,7 +19,7 @@ from sidecar.model import (
     ResponseHead,
     Trailers,
 )
-from sidecar.wire import h2_link, h2_server
+from sidecar.wire import h2_heads, h2_link, h2_server
 from sidecar.wire.answers import Whole
 from sidecar.wire.h1_server import Limits, Served
 from sidecar.wire.network import Stream
@@ -667,6 +667,83 @@ async def test_peer_that_lost_our_trust_is_sent_elsewhere(autojump_clock):
         await talk.peer.rest()
     assert talk.served.reason == "peer_no_longer_trusted"
     assert talk.served.exchanges == 1
+
+
+async def test_a_peer_that_is_no_longer_trusted_is_refused_what_it_was_given_before(autojump_clock):
+    trusted = [True, True, True, True, False]
+    async with serving(fresh=lambda: trusted.pop(0)) as talk:
+        answers = []
+        for stream_id in (1, 3, 5, 7, 9):
+            await talk.peer.request(stream_id)
+            answers.append((await talk.peer.message(stream_id)).status)
+    assert answers == [200, 200, 200, 200, 421]
+
+
+# ── heads that come again ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_head_that_comes_again_is_the_same_request_with_its_own_body(autojump_clock):
+    seen = []
+
+    async def handle(_, request, reply):
+        length = request.body.length
+        seen.append((request, length, (await whole(request.body))[0]))
+        await reply.send(ok())
+
+    bodies = (b"1", b"2", b"3", None, None, None, b"4")
+    async with serving(handle) as talk:
+        for number, body in enumerate(bodies):
+            stream_id = 2 * number + 1
+            await talk.peer.request(stream_id, POST, end=body is None)
+            if body is not None:
+                await talk.peer.data(stream_id, body, end=True)
+            assert (await talk.peer.message(stream_id)).status == 200
+    assert [body for _, _, body in seen] == [body or b"" for body in bodies]
+    assert [length for _, length, _ in seen] == [0 if body is None else None for body in bodies]
+    heads = [request.head for request, _, _ in seen]
+    assert all(head == heads[0] for head in heads)
+    assert heads[1] is heads[2], "it was not read again"
+    kept = [request.kept for request, _, _ in seen]
+    assert (kept[0], kept[1], kept[3]) == (None, {}, None), (
+        "there is room for what is made of it from the second time on"
+    )
+    assert kept[1] is kept[2]
+    assert kept[4] is kept[5] is not kept[1], "one whose body is still to come is another"
+
+
+async def test_a_length_that_comes_again_holds_for_each_body(autojump_clock):
+    stated = [*POST, (b"content-length", b"2")]
+
+    async def handle(_, request, reply):
+        assert request.body.length == 2
+        await whole(request.body)
+        await reply.send(ok())
+
+    async with serving(handle) as talk:
+        for stream_id, body in ((1, b"ab"), (3, b"cd"), (5, b"ef"), (7, b"g"), (9, b"hij")):
+            await talk.peer.request(stream_id, stated, end=False)
+            await talk.peer.data(stream_id, body, end=True)
+            message = await talk.peer.message(stream_id)
+            assert (message.reset is None) is (len(body) == 2)
+
+
+async def test_a_head_that_comes_again_is_refused_again(autojump_clock):
+    async with serving() as talk:
+        for stream_id in (1, 3, 5, 7):
+            await talk.peer.request(stream_id, [*GET[:3], (b":path", b"/%2e%2e/x")])
+            assert (await talk.peer.message(stream_id)).status == 400
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([b"a", b"b", b":a", b"ab"]), st.sampled_from([b"", b"a", b"b", b"a: b" * 9]))),
+    st.booleans(),
+)
+def test_heads_that_differ_are_written_differently(fields, ended):
+    """For what was written can be read from it."""
+    first, *lines = h2_heads.written(fields, ended=ended).split(b"\n")
+    assert first == (b"whole" if ended else b"begun")
+    assert list(zip(lines[::2], lines[1::2], strict=True)) == fields
+    assert b"\r" not in h2_heads.written(fields, ended=ended), "and so is no head of HTTP/1.1"
 
 
 SOON = 2**31 - 1

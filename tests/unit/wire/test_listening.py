@@ -144,6 +144,13 @@ async def test_one_bad_connection_or_a_lack_of_descriptors_does_not_end_acceptin
         sock.close()
 
 
+async def test_what_fails_again_and_again_does_not_spin(autojump_clock):
+    listener = Scripted([OSError(errno.EPERM, "a filter says no")] * 40)
+    began = trio.current_time()
+    await accept_forever(listener, lambda *_: None, lambda _: False)
+    assert trio.current_time() - began == pytest.approx(2.5), "from the 16th on each waits"
+
+
 async def test_above_the_highest_descriptor_one_more_is_accepted_and_the_rest_waits_for_room(autojump_clock):
     listener = Scripted([None, None, None])
     free = os.open(os.devnull, os.O_RDONLY)

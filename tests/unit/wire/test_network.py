@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -329,6 +330,67 @@ async def test_a_name_that_leads_nowhere_is_told_as_the_resolver_tells_it(monkey
     with pytest.raises(socket.gaierror) as raised:
         await TcpNetwork().resolve(Address(host=host, port=443))
     assert raised.value.errno == socket.EAI_NONAME
+
+
+async def test_a_name_whose_servers_are_dead_leaves_threads_to_others(monkeypatch):
+    dead, alive = Address(host="dead.test", port=443), Address(host="alive.test", port=443)
+    over, asked = threading.Event(), []
+
+    def getaddrinfo(host: str, port: int, **_kind: object) -> list[tuple]:
+        asked.append(host)
+        if host == dead.host:
+            over.wait(30)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("10.0.0.1", port))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    network = TcpNetwork()
+    try:
+        for _ in range(20):
+            with trio.move_on_after(0.005):
+                await network.resolve(dead)
+        with trio.fail_after(5):
+            assert await network.resolve(alive) == [Address(host="10.0.0.1", port=443)]
+        assert asked == [dead.host, alive.host]
+        over.set()
+        with trio.fail_after(5):
+            assert await network.resolve(dead) == [Address(host="10.0.0.1", port=443)]
+    finally:
+        over.set()
+    assert not network._asking
+
+
+async def test_whoever_waits_for_another_asker_of_the_name_gets_an_answer_of_its_own(monkeypatch):
+    asked = []
+
+    def getaddrinfo(host: str, port: int, **_kind: object) -> list[tuple]:
+        asked.append(host)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("10.0.0.1", port))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    network = TcpNetwork()
+    async with trio.open_nursery() as nursery:
+        for _ in range(3):
+            nursery.start_soon(network.resolve, Address(host="a.test", port=1))
+        nursery.cancel_scope.deadline = trio.current_time() + 5
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await network.resolve(Address(host="b.test", port=1))
+    assert asked == ["a.test"] * 3
+    assert not network._asking
+
+
+async def test_where_no_thread_is_left_to_ask_the_name_is_not_found_for_now(monkeypatch):
+    def none_left(*_: object, **__: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(trio.to_thread, "run_sync", none_left)
+    network = TcpNetwork()
+    with pytest.raises(socket.gaierror) as raised:
+        await network.resolve(Address(host="a.test", port=1))
+    assert raised.value.errno == socket.EAI_AGAIN, (
+        "and not that there is no such name, which would forget the last answer"
+    )
+    assert not network._asking
 
 
 async def test_a_name_is_never_connected_to():

@@ -139,15 +139,46 @@ async def test_finishing_hands_out_what_waits_and_lets_go_of_the_rest():
         one.close()
 
 
-async def test_a_full_queue_keeps_no_other_waiting():
+async def test_a_full_queue_keeps_no_other_waiting(monkeypatch):
     whole = await queues(2)
     callers = call(whole.address, 60)
-    first = [(await whole.accept())[0] for _ in range(2)]
-    parts = [waiting(one) for one in whole.queues]
-    assert all(parts)
-    assert sum(parts) == 58
+    given: list[TcpListener] = []
+    for one in whole.queues:
+
+        def take(one: TcpListener = one) -> object:
+            given.append(one)
+            return TcpListener.take(one)
+
+        monkeypatch.setattr(one, "take", take)
+    first = [(await whole.accept())[0] for _ in range(6)]
+    assert given == [*whole.queues] * 3, "in turn"
     for one in (*callers, *first):
         one.close()
+    whole.close()
+
+
+async def test_who_is_told_to_look_elsewhere_while_he_finishes_empties_what_he_has():
+    whole = await queues(2)
+    callers = call(whole.address, 30)
+    mine = Queues(whole.queues, [0])
+    mine.finish()
+    mine.look_at([1])
+    taken = 0
+    with trio.fail_after(5), pytest.raises(trio.ClosedResourceError):
+        while True:
+            (await mine.accept())[0].close()
+            taken += 1
+    assert taken > 5
+    for one in callers:
+        one.close()
+
+
+@pytest.mark.parametrize("host", ["::", "::1"])
+async def test_each_queue_of_an_address_takes_callers_of_the_same_kind(host):
+    """One that is of both families beside one that is not would be another address, and is refused or answers others."""
+    first = await bound(Address(host=host, port=0))
+    whole = shared_out(first, 3)
+    assert [one.only_v6 for one in whole.queues] == [first.only_v6] * 3 == [int(host != "::")] * 3
     whole.close()
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
 import ssl
 
 import pytest
 import trio
+from cryptography.hazmat.primitives.serialization import Encoding
 
+from examples.demo.kit import CA
 from sidecar.errors import NotSent, OperatorFault, PeerRejected, PlaintextOnly
 from sidecar.identity import verify
 from sidecar.model import Identity, SpiffeId
@@ -134,6 +138,69 @@ async def test_a_refused_client_reads_the_alert(autojump_clock, world, row, code
             await tls.accept(near, server.server_context, server.judge)
     assert refused.value.code == code
     assert alert in seen[0]
+
+
+async def test_a_client_that_goes_on_talking_reads_that_it_was_refused_and_no_reset(world):
+    _, make = REFUSED_BY_US["own trust domain, signed by the federated authority"]
+    client, server = credentials(world, make(world, "server")), credentials(world)
+    async with trio.open_nursery() as nursery:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            far = socket.create_connection(listener.getsockname())
+            near, _ = listener.accept()
+        near.setblocking(False)
+        far.setblocking(False)
+
+        async def serve() -> None:
+            with pytest.raises(PeerRejected):
+                await tls.accept(near, server.server_context, server.judge)
+
+        nursery.start_soon(serve)
+        stream = await tls.connect(far, client.client_context(("h2",)), client.judge, None)
+        with trio.fail_after(5):
+            for _ in range(5):
+                await stream.send_all(b"GET / HTTP/1.1\r\n" * 10)
+                await trio.sleep(0.02)
+            assert await stream.receive_some() == b""
+        stream.close()
+
+
+async def test_no_session_can_be_resumed_since_no_ticket_is_sent(autojump_clock, world):
+    server, client = await meet(credentials(world), credentials(world), "server")
+    await server.send_all(b"x")
+    assert await client.receive_some() == b"x"
+    assert client._sock.session is None or not client._sock.session.has_ticket
+    end(server, client)
+
+
+async def test_an_anchor_need_not_be_self_signed(autojump_clock, world):
+    middle = CA("a.test", parent=world.a)
+    trust = {**world.trust, "a.test": frozenset({middle.der})}
+    svid = middle.svid("/x")
+    identity = Identity(
+        id=SpiffeId(trust_domain="a.test", path="/x"), chain=svid.leaf.public_bytes(Encoding.PEM), key=svid.key_pem, trust=trust,
+        not_after=2e9, generation=1,
+    )  # fmt: skip
+    server, client = await meet(*[tls.Credentials(identity, verify.judge)] * 2, "server")
+    assert (server.facts.anchor, client.facts.anchor) == (middle.der, middle.der)
+    end(server, client)
+
+
+async def test_the_clients_first_suite_is_taken(autojump_clock, world):
+    """Whatever ours would prefer: its context does not insist."""
+    assert not credentials(world).server_context.options & ssl.OP_CIPHER_SERVER_PREFERENCE
+
+
+async def test_without_descriptors_there_are_no_credentials_and_no_crash(world, monkeypatch):
+    def none_left(*_: object) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    good = credentials(world)
+    monkeypatch.setattr(os, "memfd_create", none_left)
+    with pytest.raises(OperatorFault) as caught:
+        credentials(world)
+    assert caught.value.code == "identity_unusable"
+    with pytest.raises(OperatorFault):
+        good.client_context(("h2",))
 
 
 async def test_the_protocol_and_the_name_are_those_that_were_agreed(autojump_clock, world):
