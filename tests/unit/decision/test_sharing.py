@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -79,16 +80,30 @@ def policy(fake: FakeOpa) -> Policy:
     return policy
 
 
-@pytest.fixture
-async def sharing(fake: FakeOpa, policy: Policy) -> AsyncIterator[Sharing]:
+@asynccontextmanager
+async def made(fake: FakeOpa, policy: Policy, **bounds: int) -> AsyncIterator[Sharing]:
     async with trio.open_nursery() as nursery:
-        sharing = Sharing(Opa(TcpNetwork(), fake.path, bundle="sidecar"), nursery, ALL, enough=1, few=1)
+        sharing = Sharing(Opa(TcpNetwork(), fake.path, bundle="sidecar"), nursery, ALL, **bounds)
         await sharing.warm_up()
         policy.forget()
         fake.paths.clear()
         yield sharing
         sharing.close()
         nursery.cancel_scope.cancel()
+
+
+@pytest.fixture
+async def sharing(fake: FakeOpa, policy: Policy) -> AsyncIterator[Sharing]:
+    """With one question at OPA, others wait; and as soon as two do, they go together."""
+    async with made(fake, policy, enough=1, few=1) as sharing:
+        yield sharing
+
+
+@pytest.fixture
+async def usual(fake: FakeOpa, policy: Policy) -> AsyncIterator[Sharing]:
+    """As the defaults have it."""
+    async with made(fake, policy) as usual:
+        yield usual
 
 
 class Asked:
@@ -166,39 +181,31 @@ async def test_one_that_waits_by_itself_goes_by_itself(
     assert asked.own("/a", "/b")
 
 
-async def test_few_at_a_time_are_asked_one_by_one(fake: FakeOpa, policy: Policy, autojump_clock: MockClock) -> None:
+async def test_few_at_a_time_are_asked_one_by_one(usual: Sharing, policy: Policy, autojump_clock: MockClock) -> None:
     """As the defaults have it: four are with OPA before others wait, and two that wait go one by one. Where it is crowded
     two are enough, until it has been calm for a while.
     """
-    async with trio.open_nursery() as nursery:
-        sharing = Sharing(Opa(TcpNetwork(), fake.path, bundle="sidecar"), nursery, ALL)
-        await sharing.warm_up()
-        calm: list[tuple[int, list[int]]] = [(3, [])] * 16
-        for count, groups in [(4, []), (6, []), (7, [3]), (30, [16, 12]), (5, [3]), *calm, (6, []), (7, [3])]:
-            policy.forget()
-            async with trio.open_nursery() as askers:
-                asked = Asked(sharing, askers)
-                await asked(*[f"/{number}" for number in range(count)])
-            assert [len(group) for group in policy.groups] == groups
-            assert len(policy.singles) == count - sum(groups)
-            assert asked.own(*[f"/{number}" for number in range(count)])
-        sharing.close()
+    calm: list[tuple[int, list[int]]] = [(3, [])] * 16
+    for count, groups in [(4, []), (6, []), (7, [3]), (30, [16, 12]), (5, [3]), *calm, (6, []), (7, [3])]:
+        policy.forget()
+        async with trio.open_nursery() as askers:
+            asked = Asked(usual, askers)
+            await asked(*[f"/{number}" for number in range(count)])
+        assert [len(group) for group in policy.groups] == groups
+        assert len(policy.singles) == count - sum(groups)
+        assert asked.own(*[f"/{number}" for number in range(count)])
 
 
 async def test_one_that_hangs_holds_up_nobody_while_others_are_answered(
-    fake: FakeOpa, policy: Policy, autojump_clock: MockClock
+    usual: Sharing, policy: Policy, autojump_clock: MockClock
 ) -> None:
     policy.alone["/hangs"] = fakes.hangs()
-    async with trio.open_nursery() as nursery:
-        sharing = Sharing(Opa(TcpNetwork(), fake.path, bundle="sidecar"), nursery, ALL)
-        await sharing.warm_up()
-        async with trio.open_nursery() as askers:
-            asked = Asked(sharing, askers)
-            await asked("/hangs", *[f"/{number}" for number in range(20)])
-        assert asked.said["/hangs"] == "decision_timeout"
-        assert max(after for path, after in asked.after.items() if path != "/hangs") < 0.01
-        assert sharing.tally.pauses == 0
-        sharing.close()
+    async with trio.open_nursery() as askers:
+        asked = Asked(usual, askers)
+        await asked("/hangs", *[f"/{number}" for number in range(20)])
+    assert asked.said["/hangs"] == "decision_timeout"
+    assert max(after for path, after in asked.after.items() if path != "/hangs") < 0.01
+    assert usual.tally.pauses == 0
 
 
 async def crowd(sharing: Sharing, policy: Policy) -> None:
@@ -209,67 +216,55 @@ async def crowd(sharing: Sharing, policy: Policy) -> None:
 
 
 async def test_where_it_is_crowded_what_comes_in_one_turn_of_the_event_loop_goes_together(
-    fake: FakeOpa, policy: Policy, autojump_clock: MockClock
+    usual: Sharing, policy: Policy, autojump_clock: MockClock
 ) -> None:
     """None goes ahead alone, as the first ones do where it is calm."""
     paths = [f"/{number}" for number in range(6)]
-    async with trio.open_nursery() as nursery:
-        sharing = Sharing(Opa(TcpNetwork(), fake.path, bundle="sidecar"), nursery, ALL)
-        await sharing.warm_up()
-        for crowded in (False, True):
-            policy.forget()
-            if crowded:
-                await crowd(sharing, policy)
-            async with trio.open_nursery() as askers:
-                asked = Asked(sharing, askers)
-                await asked.at_once(*paths)
-            assert [len(group) for group in policy.groups] == ([6] if crowded else [])
-            assert len(policy.singles) == (0 if crowded else 6)
-            assert asked.own(*paths)
-        sharing.close()
+    for crowded in (False, True):
+        policy.forget()
+        if crowded:
+            await crowd(usual, policy)
+        async with trio.open_nursery() as askers:
+            asked = Asked(usual, askers)
+            await asked.at_once(*paths)
+        assert [len(group) for group in policy.groups] == ([6] if crowded else [])
+        assert len(policy.singles) == (0 if crowded else 6)
+        assert asked.own(*paths)
 
 
 async def test_one_that_hangs_where_it_is_crowded_holds_up_nobody(
-    fake: FakeOpa, policy: Policy, autojump_clock: MockClock
+    usual: Sharing, policy: Policy, autojump_clock: MockClock
 ) -> None:
     policy.alone["/hangs"] = fakes.hangs()
-    async with trio.open_nursery() as nursery:
-        sharing = Sharing(Opa(TcpNetwork(), fake.path, bundle="sidecar"), nursery, ALL)
-        await sharing.warm_up()
-        await crowd(sharing, policy)
-        async with trio.open_nursery() as askers:
-            asked = Asked(sharing, askers)
-            await asked("/hangs")
-            for turn in range(5):
-                await asked.at_once(*[f"/{turn}/{number}" for number in range(6)])
-        assert sum(len(group) for group in policy.groups) == 30
-        assert asked.said["/hangs"] == "decision_timeout"
-        assert max(after for path, after in asked.after.items() if path != "/hangs") < 0.01
-        assert sharing.tally.pauses == 0
-        sharing.close()
+    await crowd(usual, policy)
+    async with trio.open_nursery() as askers:
+        asked = Asked(usual, askers)
+        await asked("/hangs")
+        for turn in range(5):
+            await asked.at_once(*[f"/{turn}/{number}" for number in range(6)])
+    assert sum(len(group) for group in policy.groups) == 30
+    assert asked.said["/hangs"] == "decision_timeout"
+    assert max(after for path, after in asked.after.items() if path != "/hangs") < 0.01
+    assert usual.tally.pauses == 0
 
 
 async def test_who_has_been_asked_to_gather_is_stopped_with_the_rest(
-    fake: FakeOpa, policy: Policy, autojump_clock: MockClock
+    usual: Sharing, policy: Policy, autojump_clock: MockClock
 ) -> None:
     """A pause that comes between a question and the end of its turn lets it go alone."""
-    async with trio.open_nursery() as nursery:
-        sharing = Sharing(Opa(TcpNetwork(), fake.path, bundle="sidecar"), nursery, ALL)
-        await sharing.warm_up()
-        await crowd(sharing, policy)
-        async with trio.open_nursery() as askers:
-            asked = Asked(sharing, askers)
-            for path in ("/a", "/b", "/c"):
-                askers.start_soon(asked.ask, asking(path))
-            await trio.lowlevel.checkpoint()
-            sharing._stop_for_a_while(trio.current_time())
-        assert asked.own("/a", "/b", "/c")
-        assert (policy.groups, len(policy.singles)) == ([], 3)
-        await trio.sleep(2.0)
-        async with trio.open_nursery() as askers:
-            await Asked(sharing, askers).at_once("/a", "/b", "/c")
-        assert [len(group) for group in policy.groups] == [3]
-        sharing.close()
+    await crowd(usual, policy)
+    async with trio.open_nursery() as askers:
+        asked = Asked(usual, askers)
+        for path in ("/a", "/b", "/c"):
+            askers.start_soon(asked.ask, asking(path))
+        await trio.lowlevel.checkpoint()
+        usual._stop_for_a_while(trio.current_time())
+    assert asked.own("/a", "/b", "/c")
+    assert (policy.groups, len(policy.singles)) == ([], 3)
+    await trio.sleep(2.0)
+    async with trio.open_nursery() as askers:
+        await Asked(usual, askers).at_once("/a", "/b", "/c")
+    assert [len(group) for group in policy.groups] == [3]
 
 
 async def test_no_more_than_so_many_go_together(sharing: Sharing, policy: Policy, autojump_clock: MockClock) -> None:
