@@ -218,15 +218,17 @@ class Reader:
 
     def _opa(self, item: Item) -> OpaChild | OpaExternal:
         section, ours = item.section(), OpaChild()
-        external = section.has("address") or section.has("peer_uid")
-        if not external:
+        if not (section.has("address") or section.has("peer_uid")):
+            for name in ("address", "peer_uid"):
+                section.take(
+                    name, Item.text, None
+                )  # they are not there, but may be what an unknown key was meant to be
             ours = OpaChild(
                 start_timeout=section.take("start_timeout", Item.seconds, ours.start_timeout),
                 max_memory_bytes=section.take(
                     "max_memory_bytes", lambda i: i.whole(64 << 20, 1 << 40), ours.max_memory_bytes
                 ),
             )
-        if not external and section.keys <= {"start_timeout", "max_memory_bytes"}:
             section.close()
             return ours
         self.draft.opa_external = True

@@ -522,6 +522,13 @@ def test_route_mistakes(route: str, path: str, message: str) -> None:
 # ── what contradicts itself ───────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.parametrize(("slip", "meant"), [("start_timeot: 60", "start_timeout"), ("adress: x", "address")])
+def test_a_slip_of_the_pen_under_opa_is_the_only_thing_complained_of(slip: str, meant: str) -> None:
+    path, _, message = only(SMALL + f"opa: {{{slip}}}\n")
+    assert path == "opa." + slip.partition(":")[0]
+    assert message == f"is not a known key; did you mean {meant}?"
+
+
 def test_policy_beside_an_external_opa_is_refused() -> None:
     path, line, message = only(SMALL + "opa: {address: 'unix:///run/opa.sock'}\n")
     assert (path, line) == ("policy", 2)
